@@ -1,0 +1,105 @@
+"""One protocol between a chat and whatever makes its tokens: a local engine or, later, a URL.
+
+Knows neither terminal nor rendering. The only file of this room that may import the engine.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lmtool.config import GenerationConfig
+
+if TYPE_CHECKING:
+    from lmtool.engine.pipeline import Pipeline
+
+Message = dict[str, Any]  # {"role": "system" | "user" | "assistant", "content": str}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """One piece of an answer. Counts are cumulative; times and ``finish_reason`` are set on the last one.
+
+    finish_reason: 'stop' (end of turn or stop text), 'length' (max_new_tokens), 'context' (the context is full),
+    'abort' (the user stopped it).
+    """
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    finish_reason: str | None = None
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_generated_tokens: int = 0
+    time_to_first_token_s: float | None = None
+    duration_s: float | None = None
+    logprobs: list[Any] = field(default_factory=list)
+
+
+class Backend(Protocol):
+    """What the terminal needs of an engine."""
+
+    @property
+    def description(self) -> str:
+        """One line for the greeting: model, device, dtype, context."""
+        ...
+
+    @property
+    def session_len(self) -> int:
+        """The context, in tokens."""
+        ...
+
+    def stream(self, messages: Sequence[Message], config: GenerationConfig) -> Iterator[Delta]:
+        """Yield the answer; closing the iterator aborts the request at once.
+
+        Raises RequestError before the first delta when the conversation is longer than the context.
+        """
+        ...
+
+    def count_tokens(self, messages: Sequence[Message]) -> int:
+        """Tokens of the conversation as the model would be given it."""
+        ...
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The prompt text after the chat template, special tokens visible (`--show-prompt`)."""
+        ...
+
+    def close(self) -> None:
+        """Free the engine. May be called twice."""
+        ...
+
+
+class LocalBackend:
+    """A `Pipeline` of this process."""
+
+    def __init__(self, pipe: "Pipeline") -> None:
+        self._pipe = pipe
+
+    @property
+    def description(self) -> str:
+        return self._pipe.description
+
+    @property
+    def session_len(self) -> int:
+        return self._pipe.session_len
+
+    def stream(self, messages: Sequence[Message], config: GenerationConfig) -> Iterator[Delta]:
+        for part in self._pipe.stream_infer(list(messages), config):
+            yield Delta(
+                text=part.text,
+                token_ids=tuple(part.token_ids),
+                finish_reason=part.finish_reason,
+                num_prompt_tokens=part.num_prompt_tokens,
+                num_cached_tokens=part.num_cached_tokens,
+                num_generated_tokens=part.num_generated_tokens,
+                time_to_first_token_s=part.time_to_first_token_s,
+                duration_s=part.duration_s,
+                logprobs=part.logprobs or [],
+            )
+
+    def count_tokens(self, messages: Sequence[Message]) -> int:
+        return len(self._pipe.tokenizer.chat_ids(list(messages)))
+
+    def render(self, messages: Sequence[Message]) -> str:
+        return self._pipe.tokenizer.render_chat(list(messages))
+
+    def close(self) -> None:
+        self._pipe.close()

@@ -1,0 +1,127 @@
+"""What a user may set: `EngineConfig` for an engine, `GenerationConfig` for a request.
+
+Frozen dataclasses of plain values; dtypes are strings here. Messages name the field as the flag is spelled.
+Does not know torch, the command line or any model.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from lmtool.errors import ConfigError, RequestError
+
+DTYPES = ("auto", "float16", "bfloat16", "float32")
+MAX_LOGPROBS = 20
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _check(ok: bool, name: str, value: object, wanted: str, error: type[ConfigError] | type[RequestError]) -> None:
+    if not ok:
+        raise error(f"{_flag(name)} is {value!r}", f"give {wanted}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How an engine is set up.
+
+    dtype                  'auto', 'float16', 'bfloat16', 'float32'; auto on a CPU uses a GGUF's 4-bit weights as they are
+    device                 'auto', 'cpu', 'cuda', 'cuda:1', …
+    session_len            longest prompt + answer of one request, tokens; None: the model's own
+    max_batch_size         most requests computed in one step
+    max_batched_tokens     token budget of one step; longer prompts are prefilled in chunks of it
+    cache_max_entry_count  share of the *free* device memory for the KV cache (GPU)
+    cache_gb               size of the KV cache in GiB; on a CPU this is what bounds it
+    prefix_caching         share the K/V blocks of equal prompt beginnings
+    """
+
+    dtype: str = "auto"
+    device: str = "auto"
+    session_len: int | None = None
+    max_batch_size: int = 256
+    max_batched_tokens: int = 8192
+    cache_max_entry_count: float = 0.8
+    cache_gb: float | None = None
+    prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, name: str, wanted: str) -> None:
+            _check(ok, name, getattr(self, name), wanted, ConfigError)
+
+        check(self.dtype in DTYPES, "dtype", "one of " + ", ".join(DTYPES))
+        check(self.session_len is None or self.session_len >= 1, "session_len", "a number of tokens above 0")
+        check(1 <= self.max_batch_size <= 4096, "max_batch_size", "a number from 1 to 4096")
+        check(self.max_batched_tokens >= 64, "max_batched_tokens", "at least 64 tokens")
+        check(0 < self.cache_max_entry_count < 1, "cache_max_entry_count", "a share between 0 and 1")
+        check(self.cache_gb is None or self.cache_gb > 0, "cache_gb", "a size in GiB above 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationConfig:
+    """How one answer is generated.
+
+    max_new_tokens       None: up to the end of the context
+    temperature          0: greedy
+    top_k                0: off
+    top_p, min_p         1 and 0: off
+    repetition_penalty   1: off (over prompt and answer, as in the CTRL paper)
+    presence_penalty, frequency_penalty   0: off (over the answer, as OpenAI documents them)
+    seed                 None: a fresh one for each request
+    logit_bias           token id -> added to its logit
+    bad_words            texts that are never generated
+    stop                 texts that end the answer; they are not part of it
+    stop_token_ids       ids that end the answer, besides the model's own
+    logprobs             how many alternatives to report for each token; None: none, 0: the chosen token only
+    """
+
+    max_new_tokens: int | None = None
+    min_new_tokens: int = 0
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    bad_words: tuple[str, ...] = ()
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("bad_words", "stop", "stop_token_ids"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+
+        def check(ok: bool, name: str, wanted: str) -> None:
+            _check(ok, name, getattr(self, name), wanted, RequestError)
+
+        def finite(name: str) -> bool:
+            return math.isfinite(getattr(self, name))
+
+        check(self.max_new_tokens is None or self.max_new_tokens >= 1, "max_new_tokens", "at least 1")
+        check(self.min_new_tokens >= 0, "min_new_tokens", "0 or more")
+        if self.max_new_tokens is not None:
+            check(self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", "at most --max-new-tokens")
+        check(finite("temperature") and 0 <= self.temperature <= 100, "temperature", "0 (greedy) to 100")
+        check(self.top_k >= 0, "top_k", "0 (off) or more")
+        check(0 < self.top_p <= 1, "top_p", "a number above 0, at most 1 (off)")
+        check(0 <= self.min_p <= 1, "min_p", "a number from 0 (off) to 1")
+        check(
+            finite("repetition_penalty") and self.repetition_penalty > 0,
+            "repetition_penalty",
+            "above 0 (1: off)",
+        )
+        check(-2 <= self.presence_penalty <= 2, "presence_penalty", "a number from -2 to 2")
+        check(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "a number from -2 to 2")
+        check(self.seed is None or 0 <= self.seed < 2**63, "seed", "a whole number from 0 to 2**63 - 1")
+        check(all(self.stop), "stop", "texts that are not empty")
+        check(all(self.bad_words), "bad_words", "texts that are not empty")
+        check(all(math.isfinite(v) for v in self.logit_bias.values()), "logit_bias", "finite numbers")
+        check(self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", f"0 to {MAX_LOGPROBS}")

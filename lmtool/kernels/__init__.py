@@ -1,0 +1,168 @@
+"""Arithmetic on tensors: the only door. One typed function per op; `dispatch` chooses Triton or plain torch.
+
+Knows neither layers nor engine nor the environment. Shapes: T tokens of a step, B sequences, Hq query heads,
+Hkv key/value heads, D head dim, N out features, K in features, V vocabulary, NB cache blocks of `block_size` tokens.
+
+The K/V cache of a layer is two tensors [Hkv, NB, block_size, D]; token t of a sequence lives in block
+``block_table[t // block_size]`` at offset ``t % block_size``; its *slot* is ``block * block_size + offset``.
+Block 0 belongs to no sequence: padded rows read and write it.
+"""
+
+import torch
+from torch import Tensor
+
+from lmtool.kernels.dispatch import force, implementation
+
+__all__ = [
+    "add_linear_",
+    "attention_decode",
+    "attention_prefill",
+    "force",
+    "gather_logprobs",
+    "implementation",
+    "linear",
+    "norm_linear",
+    "norm_linear_silu",
+    "penalize_",
+    "rms_norm",
+    "rope_store",
+    "sample",
+    "silu_mul",
+]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., H] · weight [H] → x / sqrt(mean(x²) + eps) · weight, in x's dtype; the mean is taken in fp32."""
+    return implementation("norm", x.device).rms_norm(x, weight, eps)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """gate_up [T, 2·I] (gate first) → silu(gate) · up [T, I]."""
+    return implementation("activation", gate_up.device).silu_mul(gate_up)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, K] · weight [N, K] (+ bias [N]) → x @ weight.T + bias [T, N]."""
+    return implementation("linear", x.device).linear(x, weight, bias)
+
+
+def norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """linear(rms_norm(x), weight, bias): x [T, K], norm_weight [K], weight [N, K] → [T, N]."""
+    return implementation("linear", x.device).norm_linear(x, norm_weight, eps, weight, bias)
+
+
+def norm_linear_silu(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor) -> Tensor:
+    """silu_mul(linear(rms_norm(x), weight)): x [T, K], weight [2·I, K] (gate rows first) → [T, I]."""
+    return implementation("linear", x.device).norm_linear_silu(x, norm_weight, eps, weight)
+
+
+def add_linear_(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """residual [T, N] += x [T, K] @ weight [N, K].T (+ bias); the same tensor is returned."""
+    return implementation("linear", x.device).add_linear_(residual, x, weight, bias)
+
+
+def rope_store(
+    qkv: Tensor,
+    cos_sin: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Rotate q and k (half-split pairs), write k and v into the cache, return q.
+
+    qkv      [T, (Hq + 2·Hkv) · D], q heads first, then k, then v
+    cos_sin  [T, R] float32: cos of R/2 angles, then sin; R ≤ D, dims beyond R are not rotated
+    slots    [T] int64: where each token goes
+    k_cache, v_cache [Hkv, NB, block_size, D], written in place
+    q_norm, k_norm   [D]: RMSNorm over each head before the rotation (Qwen3), with ``eps``
+    → q [T, Hq, D]
+    """
+    impl = implementation("rotary", qkv.device)
+    return impl.rope_store(qkv, cos_sin, slots, k_cache, v_cache, q_norm, k_norm, eps)
+
+
+def attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    window: int = 0,
+) -> Tensor:
+    """One query per sequence over its paged K/V, which already holds the query's own token.
+
+    q [B, Hq, D]; block_tables [B, max_blocks] int32; seq_lens [B] int32 (0: a padded row, its output is zero);
+    window > 0: only the last ``window`` tokens are seen. → [B, Hq, D]
+    """
+    impl = implementation("attention", q.device)
+    return impl.attention_decode(q, k_cache, v_cache, block_tables, seq_lens, scale, window)
+
+
+def attention_prefill(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    max_seqlen_q: int,
+    scale: float,
+    window: int = 0,
+) -> Tensor:
+    """Causal attention of S chunks over their paged K/V (cached prefix and the chunk itself).
+
+    q [T, Hq, D], chunk s is rows cu_seqlens_q[s]:cu_seqlens_q[s+1] and the *last* tokens of its sequence;
+    block_tables [S, max_blocks] int32; cu_seqlens_q [S + 1] int32; seq_lens [S] int32: prefix + chunk;
+    max_seqlen_q: the longest chunk (a host number). → [T, Hq, D]
+    """
+    impl = implementation("attention", q.device)
+    return impl.attention_prefill(
+        q, k_cache, v_cache, block_tables, cu_seqlens_q, seq_lens, max_seqlen_q, scale, window
+    )
+
+
+def penalize_(
+    logits: Tensor,
+    prompt_mask: Tensor,
+    output_counts: Tensor,
+    repetition: Tensor,
+    presence: Tensor,
+    frequency: Tensor,
+) -> Tensor:
+    """Penalties in place. logits [B, V] float32; prompt_mask [B, V] bool; output_counts [B, V] int32; others [B].
+
+    repetition (CTRL, arXiv 1909.05858) divides positive and multiplies negative logits of every token seen in
+    prompt or answer; presence and frequency (OpenAI) subtract once and per occurrence, over the answer.
+    """
+    impl = implementation("sampling", logits.device)
+    return impl.penalize_(logits, prompt_mask, output_counts, repetition, presence, frequency)
+
+
+def sample(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seeds: Tensor,
+    steps: Tensor,
+) -> Tensor:
+    """One token per row by Gumbel-max over what top-k, then top-p, then min-p leave.
+
+    logits [B, V] float32; temperature [B] float32 (0: argmax); top_k [B] int32 (0: off); top_p [B] float32 (1: off);
+    min_p [B] float32 (0: off); seeds [B] int64; steps [B] int64 (the token's index in its answer). → ids [B] int64.
+    The noise of a row is a hash of (seed, step, token id): it does not depend on the other rows. Tokens tied with
+    the last one kept are kept.
+    """
+    impl = implementation("sampling", logits.device)
+    return impl.sample(logits, temperature, top_k, top_p, min_p, seeds, steps)
+
+
+def gather_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
+    """log softmax(logits)[i, ids[i]]: logits [B, V] float32, ids [B] int64 → [B] float32."""
+    chosen = logits.gather(1, ids[:, None])[:, 0]
+    return chosen - torch.logsumexp(logits, dim=1)

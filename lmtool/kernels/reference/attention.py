@@ -1,0 +1,84 @@
+"""Paged attention, plain torch, one sequence at a time.
+
+Where a sequence's blocks lie side by side (the usual case with few users) its K and V are views, not copies.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+
+def attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    window: int = 0,
+) -> Tensor:
+    num_kv_heads, head_dim = k_cache.shape[0], k_cache.shape[-1]
+    out = torch.zeros_like(q) if q.shape[0] > 1 else torch.empty_like(q)
+    for i, length in enumerate(seq_lens.tolist()):
+        if length == 0:
+            out[i] = 0
+            continue
+        start = max(0, length - window) if window else 0
+        k, v = (_tokens(cache, block_tables[i], start, length) for cache in (k_cache, v_cache))
+        grouped = q[i].view(num_kv_heads, -1, head_dim)
+        # no scaled_dot_product_attention here: for one query it is several times slower than two products
+        scores = torch.bmm(grouped * scale, k.transpose(1, 2).to(q.dtype))
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+        out[i] = torch.bmm(weights, v.to(q.dtype)).view(-1, head_dim)
+    return out
+
+
+def attention_prefill(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    max_seqlen_q: int,
+    scale: float,
+    window: int = 0,
+) -> Tensor:
+    out = torch.zeros_like(q)
+    bounds = cu_seqlens_q.tolist()
+    for s, length in enumerate(seq_lens.tolist()):
+        first, last = bounds[s], bounds[s + 1]
+        num_queries = last - first
+        if num_queries == 0:
+            continue
+        start = max(0, length - num_queries + 1 - window) if window else 0
+        k, v = (_tokens(cache, block_tables[s], start, length).to(q.dtype) for cache in (k_cache, v_cache))
+        chunk = q[first:last].transpose(0, 1)[None]
+        plain_causal = num_queries == length - start and not window
+        mask = None if plain_causal else _mask(num_queries, length, start, window, q.device)
+        attended = scaled_dot_product_attention(
+            chunk, k[None], v[None], attn_mask=mask, is_causal=plain_causal, scale=scale, enable_gqa=True
+        )
+        out[first:last] = attended[0].transpose(0, 1)
+    return out
+
+
+def _tokens(cache: Tensor, block_table: Tensor, start: int, stop: int) -> Tensor:
+    """cache [Hkv, NB, block_size, D] → tokens start:stop of one sequence [Hkv, stop - start, D]."""
+    num_kv_heads, _, block_size, head_dim = cache.shape
+    first, last = start // block_size, -(-stop // block_size)
+    blocks: list[int] = block_table[first:last].tolist()
+    offset = start - first * block_size
+    if blocks[-1] - blocks[0] == len(blocks) - 1 and all(b - a == 1 for a, b in zip(blocks, blocks[1:], strict=False)):
+        begin = blocks[0] * block_size + offset
+        return cache.view(num_kv_heads, -1, head_dim)[:, begin : begin + stop - start]
+    gathered = cache.index_select(1, torch.tensor(blocks, device=cache.device)).flatten(1, 2)
+    return gathered[:, offset : offset + stop - start]
+
+
+def _mask(num_queries: int, length: int, start: int, window: int, device: torch.device) -> Tensor:
+    """True where query i (position length - num_queries + i) sees key j (position start + j)."""
+    queries = torch.arange(length - num_queries, length, device=device)[:, None]
+    keys = torch.arange(start, length, device=device)[None]
+    seen = keys <= queries
+    return seen & (keys > queries - window) if window else seen
