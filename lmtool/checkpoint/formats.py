@@ -1,0 +1,116 @@
+"""Which format a checkpoint has, and the one interface behind which formats disappear.
+
+Knows the manifests of the formats; the bytes are read by `reader` (HF) and `gguf_checkpoint` (GGUF).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from lmtool.errors import CheckpointError
+
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True, slots=True)
+class PackedInt4:
+    """A matrix of 4-bit codes in groups of 32 along K: ``w = code * scale + minimum``.
+
+    codes    uint8 [N, K], values 0..15, in the natural order of K
+    scale    float32 [N, K / 32]
+    minimum  float32 [N, K / 32]
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    minimum: torch.Tensor
+
+    def dequantize(self) -> torch.Tensor:
+        """float32 [N, K]."""
+        rows, columns = self.codes.shape
+        groups = self.codes.view(rows, columns // 32, 32).to(torch.float32)
+        return (groups * self.scale[..., None] + self.minimum[..., None]).view(rows, columns)
+
+
+class Checkpoint(Protocol):
+    """One stored model; every tensor under its Hugging Face name.
+
+    path               the folder or file
+    format             'hf' or 'gguf'
+    config             as in config.json; for GGUF made from its metadata
+    generation_config  as in generation_config.json, {} when there is none
+    """
+
+    path: Path
+    format: str
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+
+    def names(self) -> list[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> str:
+        """As stored: 'float16', 'bfloat16', 'float32', 'q4_1', …"""
+        ...
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The dense tensor: HF as stored, GGUF dequantized to float32 (F16 and BF16 keep their dtype)."""
+        ...
+
+    def packed_int4(self, name: str) -> PackedInt4 | None:
+        """Q4_0 and Q4_1 of a GGUF without dequantizing; None for anything else."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the files. Tensors that were handed out stay valid."""
+        ...
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a folder of HF files or a ``.gguf`` file. Reads headers only.
+
+    Raises CheckpointError for whatever is missing, half there or corrupt, naming the file.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist", "give a model folder or a .gguf file")
+    if path.is_dir():
+        from lmtool.checkpoint.reader import HfCheckpoint
+
+        _refuse_folder_without_weights(path)
+        return HfCheckpoint(path)
+    if path.suffix == ".gguf":
+        from lmtool.checkpoint.gguf_checkpoint import GgufCheckpoint
+
+        return GgufCheckpoint(path)
+    if path.suffix in PICKLE_SUFFIXES:
+        raise _pickle_error(path)
+    raise CheckpointError(f"{path} is neither a folder nor a .gguf file", "give the folder that holds config.json")
+
+
+def _pickle_error(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is a pickle file, which runs code when it is opened",
+        f"if you trust it, convert it first: lmtool convert {path.parent} --allow-bin",
+    )
+
+
+def _refuse_folder_without_weights(folder: Path) -> None:
+    files = sorted(folder.iterdir())
+    if not files:
+        raise CheckpointError(f"{folder} is empty", "download the model into it again")
+    if any(file.name.endswith((".safetensors", ".safetensors.index.json")) for file in files):
+        return
+    for file in files:
+        if file.suffix in PICKLE_SUFFIXES:
+            raise _pickle_error(file)
+    ggufs = [file for file in files if file.suffix == ".gguf"]
+    if ggufs:
+        raise CheckpointError(f"{folder} holds GGUF files", f"give the file itself, as in {ggufs[0]}")
+    if any(folder.rglob("*.incomplete")):
+        raise CheckpointError(
+            f"{folder} holds no *.safetensors, only an unfinished download", "download the model again"
+        )
+    raise CheckpointError(f"{folder} holds no *.safetensors", "download the model again or give another folder")
