@@ -1,0 +1,42 @@
+"""What every launcher asks of the card: its architecture and whether kernels may start before the last one ends.
+
+Knows no op. Nothing here runs at import.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+HOPPER = 90
+
+
+@cache
+def arch(device: torch.device) -> int:
+    """Compute capability as one number (90 for 9.0); 0 where kernels are interpreted on a CPU."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
+
+
+def dependent_launch(device: torch.device) -> dict[str, Any]:
+    """Launch arguments of programmatic dependent launch: on from Hopper, off elsewhere and in the interpreter."""
+    return {"PDL": True, "launch_pdl": True} if arch(device) >= HOPPER else {"PDL": False}
+
+
+@triton.jit
+def allow_next(PDL: tl.constexpr):
+    """The next kernel may begin once every program of this one has come here."""
+    if PDL:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_previous(PDL: tl.constexpr):
+    """Returns when the kernels before this one have finished and their writes are visible."""
+    if PDL:
+        gdc_wait()
