@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from lmtool.kernels.dispatch import force, implementation
+from lmtool.kernels.layout import DecodePlan
 
 __all__ = [
+    "DecodePlan",
     "add_linear_",
     "attention_decode",
     "attention_prefill",
@@ -24,6 +26,7 @@ __all__ = [
     "norm_linear",
     "norm_linear_silu",
     "penalize_",
+    "plan_decode",
     "rms_norm",
     "rope_store",
     "sample",
@@ -84,6 +87,11 @@ def rope_store(
     return impl.rope_store(qkv, cos_sin, slots, k_cache, v_cache, q_norm, k_norm, eps)
 
 
+def plan_decode(seq_lens: Tensor, num_kv_heads: int, window: int = 0) -> DecodePlan:
+    """seq_lens [B] int32 → the step's work list for `attention_decode`: made once, used by every layer of a window."""
+    return implementation("attention", seq_lens.device).plan_decode(seq_lens, num_kv_heads, window)
+
+
 def attention_decode(
     q: Tensor,
     k_cache: Tensor,
@@ -92,14 +100,16 @@ def attention_decode(
     seq_lens: Tensor,
     scale: float,
     window: int = 0,
+    plan: DecodePlan | None = None,
 ) -> Tensor:
     """One query per sequence over its paged K/V, which already holds the query's own token.
 
     q [B, Hq, D]; block_tables [B, max_blocks] int32; seq_lens [B] int32 (0: a padded row, its output is zero);
-    window > 0: only the last ``window`` tokens are seen. → [B, Hq, D]
+    window > 0: only the last ``window`` tokens are seen; plan: plan_decode(seq_lens, Hkv, window), made here if
+    it is not given. → [B, Hq, D]
     """
     impl = implementation("attention", q.device)
-    return impl.attention_decode(q, k_cache, v_cache, block_tables, seq_lens, scale, window)
+    return impl.attention_decode(q, k_cache, v_cache, block_tables, seq_lens, scale, window, plan)
 
 
 def attention_prefill(

@@ -7,6 +7,25 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from lmtool.kernels.layout import PIECE_ALIGN, DecodePlan, num_plan_items
+
+
+def plan_decode(seq_lens: Tensor, num_kv_heads: int, window: int = 0) -> DecodePlan:
+    stops: list[int] = seq_lens.tolist()
+    num_items = num_plan_items(len(stops), num_kv_heads)
+    starts = [max(0, stop - window) // PIECE_ALIGN * PIECE_ALIGN if window else 0 for stop in stops]
+    share = -(-(sum(stops) - sum(starts)) // (num_items - len(stops)))
+    piece = max(1, -(-share // PIECE_ALIGN)) * PIECE_ALIGN
+    items, spans = [], []
+    for i, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+        first = len(items)
+        items += [(i, t, min(t + piece, stop)) for t in range(start, max(stop, start + 1), piece)]
+        spans.append((first, len(items) - first))
+    items += [(-1, 0, 0)] * (num_items - len(items))
+    arrivals = torch.zeros(len(stops), num_kv_heads, dtype=torch.int32)
+    as_tensor = (torch.tensor(rows, dtype=torch.int32) for rows in (items, spans))
+    return DecodePlan(*(made.to(seq_lens.device) for made in (*as_tensor, arrivals)))
+
 
 def attention_decode(
     q: Tensor,
@@ -16,6 +35,7 @@ def attention_decode(
     seq_lens: Tensor,
     scale: float,
     window: int = 0,
+    plan: DecodePlan | None = None,  # a list of work for many programs; here one loop does it all
 ) -> Tensor:
     num_kv_heads, head_dim = k_cache.shape[0], k_cache.shape[-1]
     out = torch.zeros_like(q) if q.shape[0] > 1 else torch.empty_like(q)

@@ -40,5 +40,26 @@ def max_rows(num_out: int, num_in: int) -> int:
     return 16
 
 
+class AttentionConfig(NamedTuple):
+    """``block_r`` rows (queries × the heads that share a key), ``block_t`` keys a tile."""
+
+    block_r: int
+    block_t: int
+    num_warps: int
+    num_stages: int
+
+
+def decode_config(batch_size: int, head_dim: int) -> AttentionConfig:
+    return AttentionConfig(16, 64, 4, 3 if head_dim <= 128 else 2)
+
+
+def prefill_config(num_rows: int, head_dim: int, itemsize: int) -> AttentionConfig:
+    """``num_rows``: queries × heads of the longest chunk."""
+    block_r = min(128, max(16, _power_of_two(num_rows)))
+    if head_dim > 128 or itemsize == 4:
+        block_r = min(64, block_r)
+    return AttentionConfig(block_r, 64 if itemsize == 2 else 32, 8 if block_r == 128 else 4, 2)
+
+
 def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()

@@ -1,0 +1,28 @@
+"""What both implementations agree on beside tensors' shapes: the work list of a decode step. Knows no device."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+# two programs for each multiprocessor of the largest card in use (H200: 132)
+_TARGET_PROGRAMS = 264
+# pieces start at multiples of this many tokens, so that no tile of keys is cut in two
+PIECE_ALIGN = 64
+
+
+class DecodePlan(NamedTuple):
+    """A decode step's attention cut into pieces of about equal length, whatever the sequences' lengths.
+
+    items     [W, 3] int32: (sequence, first token, end token) of each piece; sequence -1: nothing to do
+    spans     [B, 2] int32: (first item, number of items) of each sequence; every sequence has at least one
+    arrivals  [B, Hkv] int32 zeros: how many pieces of a sequence are done; kernels leave zeros behind
+    """
+
+    items: Tensor
+    spans: Tensor
+    arrivals: Tensor
+
+
+def num_plan_items(batch_size: int, num_kv_heads: int) -> int:
+    """W: the same for any lengths, so that one captured graph serves them all."""
+    return batch_size + -(-_TARGET_PROGRAMS // num_kv_heads)
