@@ -37,20 +37,26 @@ def attention_decode(
     window: int = 0,
     plan: DecodePlan | None = None,  # a list of work for many programs; here one loop does it all
 ) -> Tensor:
-    num_kv_heads, head_dim = k_cache.shape[0], k_cache.shape[-1]
-    out = torch.zeros_like(q) if q.shape[0] > 1 else torch.empty_like(q)
-    for i, length in enumerate(seq_lens.tolist()):
-        if length == 0:
-            out[i] = 0
-            continue
-        start = max(0, length - window) if window else 0
-        k, v = (_tokens(cache, block_tables[i], start, length) for cache in (k_cache, v_cache))
-        grouped = q[i].view(num_kv_heads, -1, head_dim)
-        # no scaled_dot_product_attention here: for one query it is several times slower than two products
-        scores = torch.bmm(grouped * scale, k.transpose(1, 2).to(q.dtype))
-        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
-        out[i] = torch.bmm(weights, v.to(q.dtype)).view(-1, head_dim)
-    return out
+    rows = [
+        _attend(q[i], k_cache, v_cache, block_tables[i], length, scale, window) if length else torch.zeros_like(q[i])
+        for i, length in enumerate(seq_lens.tolist())
+    ]
+    return rows[0][None] if len(rows) == 1 else torch.stack(rows)
+
+
+def _attend(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, length: int, scale: float, window: int
+) -> Tensor:
+    """q [Hq, D] over the last ``window`` of ``length`` tokens → [Hq, D].
+
+    No scaled_dot_product_attention here: for one query it costs twice what two products and a softmax do.
+    """
+    start = max(0, length - window) if window else 0
+    k, v = _tokens(k_cache, v_cache, block_table, start, length)
+    grouped = q.view(k.shape[0], -1, q.shape[-1])
+    scores = torch.bmm(grouped * scale, k.transpose(1, 2).to(q.dtype))
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    return torch.bmm(weights, v.to(q.dtype)).view_as(q)
 
 
 def attention_prefill(
@@ -72,7 +78,7 @@ def attention_prefill(
         if num_queries == 0:
             continue
         start = max(0, length - num_queries + 1 - window) if window else 0
-        k, v = (_tokens(cache, block_tables[s], start, length).to(q.dtype) for cache in (k_cache, v_cache))
+        k, v = (t.to(q.dtype) for t in _tokens(k_cache, v_cache, block_tables[s], start, length))
         chunk = q[first:last].transpose(0, 1)[None]
         plain_causal = num_queries == length - start and not window
         mask = None if plain_causal else _mask(num_queries, length, start, window, q.device)
@@ -83,17 +89,20 @@ def attention_prefill(
     return out
 
 
-def _tokens(cache: Tensor, block_table: Tensor, start: int, stop: int) -> Tensor:
-    """cache [Hkv, NB, block_size, D] → tokens start:stop of one sequence [Hkv, stop - start, D]."""
-    num_kv_heads, _, block_size, head_dim = cache.shape
-    first, last = start // block_size, -(-stop // block_size)
-    blocks: list[int] = block_table[first:last].tolist()
+def _tokens(k_cache: Tensor, v_cache: Tensor, block_table: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """K and V [Hkv, stop - start, D] of tokens start:stop of one sequence."""
+    num_kv_heads, _, block_size, head_dim = k_cache.shape
+    first = start // block_size
+    blocks: list[int] = block_table[first : -(-stop // block_size)].tolist()
     offset = start - first * block_size
-    if blocks[-1] - blocks[0] == len(blocks) - 1 and all(b - a == 1 for a, b in zip(blocks, blocks[1:], strict=False)):
-        begin = blocks[0] * block_size + offset
-        return cache.view(num_kv_heads, -1, head_dim)[:, begin : begin + stop - start]
-    gathered = cache.index_select(1, torch.tensor(blocks, device=cache.device)).flatten(1, 2)
-    return gathered[:, offset : offset + stop - start]
+    if blocks == list(range(blocks[0], blocks[0] + len(blocks))):
+        offset += blocks[0] * block_size
+        flat = (cache.view(num_kv_heads, -1, head_dim) for cache in (k_cache, v_cache))
+    else:
+        index = torch.tensor(blocks, device=k_cache.device)
+        flat = (cache.index_select(1, index).flatten(1, 2) for cache in (k_cache, v_cache))
+    k, v = (tokens.narrow(1, offset, stop - start) for tokens in flat)
+    return k, v
 
 
 def _mask(num_queries: int, length: int, start: int, window: int, device: torch.device) -> Tensor:

@@ -25,13 +25,15 @@ def rope_store(
         q = rms_norm(q_and_k[:, :num_q_heads], q_norm, eps)
         q_and_k = torch.cat((q, rms_norm(q_and_k[:, num_q_heads:], k_norm, eps)), dim=1)
     rotated = _rotate(q_and_k, cos_sin)
-    for cache, new in (
-        (k_cache, rotated[:, num_q_heads:]),
-        (v_cache, heads[:, num_q_heads + num_kv_heads :]),
-    ):
-        flat = cache.view(num_kv_heads, -1, head_dim)
-        flat.index_copy_(1, slots, new.transpose(0, 1).to(cache.dtype))
+    _store(k_cache, slots, rotated[:, num_q_heads:])
+    _store(v_cache, slots, heads[:, num_q_heads + num_kv_heads :])
     return rotated[:, :num_q_heads]
+
+
+def _store(cache: Tensor, slots: Tensor, new: Tensor) -> None:
+    """new [T, Hkv, D] → cache [Hkv, NB, block_size, D] at ``slots``."""
+    flat = cache.view(cache.shape[0], -1, cache.shape[-1])
+    flat.index_copy_(1, slots, new.transpose(0, 1).to(cache.dtype))
 
 
 def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
@@ -39,8 +41,9 @@ def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
     rotary_dim = cos_sin.shape[-1]
     cos, sin = cos_sin[:, None].chunk(2, dim=-1)
     part = x if rotary_dim == x.shape[-1] else x[..., :rotary_dim]
-    low, high = part.float().chunk(2, dim=-1)
-    turned = torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)
+    # x · cos + (x with its halves exchanged) · (-sin | sin)
+    swapped = torch.roll(part, rotary_dim // 2, dims=-1).float()
+    turned = (part.float() * torch.cat((cos, cos), dim=-1)).addcmul_(swapped, torch.cat((-sin, sin), dim=-1))
     if rotary_dim == x.shape[-1]:
-        return turned
-    return torch.cat((turned, x[..., rotary_dim:]), dim=-1)
+        return turned.to(x.dtype)
+    return torch.cat((turned.to(x.dtype), x[..., rotary_dim:]), dim=-1)

@@ -86,5 +86,6 @@ def _gumbel(seed: int, step: int, ids: Tensor) -> Tensor:
     first = _mix(words[0] ^ _mix(words[1] ^ 0x9E3779B9))
     second = _mix(first ^ _mix(words[2] ^ 0x85EBCA6B))
     bits = _mix((_mix((ids & _MASK32) ^ first) + second) & _MASK32)
-    uniform = ((bits >> 8).float() + 0.5) * 2.0**-24
+    # 23 bits: with 24 the largest would round to one, whose noise is infinite
+    uniform = ((bits >> 9).float() + 0.5) * 2.0**-23
     return -torch.log(-torch.log(uniform))

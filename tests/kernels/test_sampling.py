@@ -1,0 +1,101 @@
+"""Sampling and penalties: Triton against the reference, and both against what the probabilities promise."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from lmtool.errors import KernelError
+from lmtool.kernels.reference import sampling as reference
+from lmtool.kernels.triton import sampling as triton_sampling
+from tests.kernels.support import normal
+
+
+def settings(num_rows: int, device: torch.device, **values: float) -> tuple[Tensor, ...]:
+    """temperature, top_k, top_p, min_p, seeds, steps: `values` for every row, seeds and steps all different."""
+    full = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **values}
+    dtypes = {"temperature": torch.float32, "top_k": torch.int32, "top_p": torch.float32, "min_p": torch.float32}
+    rows = [torch.full((num_rows,), full[name], dtype=dtype, device=device) for name, dtype in dtypes.items()]
+    seeds = torch.arange(num_rows, device=device) * 0x123456789AB - 3
+    return *rows, seeds, torch.arange(num_rows, device=device) + 7
+
+
+RESTRICTIONS = [
+    {"temperature": 0.0},
+    {"temperature": 0.7},
+    {"top_k": 1},
+    {"top_k": 40, "temperature": 1.5},
+    {"top_p": 0.9, "temperature": 0.8},
+    {"top_p": 0.0001},
+    {"min_p": 0.2},
+    {"top_k": 50, "top_p": 0.8, "min_p": 0.02, "temperature": 1.2},
+    {"top_k": 4800, "top_p": 0.99},  # more than the candidates that are gathered
+    {"top_k": 100000},  # more than there are: off
+]
+
+
+@pytest.mark.parametrize("values", RESTRICTIONS, ids=str)
+@pytest.mark.parametrize("scale", [0.01, 4.0])
+def test_the_same_tokens_as_the_reference(values, scale, device):
+    logits = normal(3, 5000, dtype=torch.float32, device=device, scale=scale)
+    logits[0, ::7] = -torch.inf
+    arguments = (logits, *settings(3, device, **values))
+    assert torch.equal(triton_sampling.sample(*arguments), reference.sample(*arguments))
+
+
+def test_rows_with_different_settings_do_not_meet(device):
+    logits = normal(len(RESTRICTIONS), 900, dtype=torch.float32, device=device, scale=3)
+    rows = [settings(1, device, **values) for values in RESTRICTIONS]
+    together = triton_sampling.sample(logits, *(torch.cat(parts) for parts in zip(*rows, strict=True)))
+    alone = [triton_sampling.sample(logits[i : i + 1], *row) for i, row in enumerate(rows)]
+    assert torch.equal(together, torch.cat(alone))
+
+
+def test_equal_logits_tie_at_the_threshold_and_are_all_kept(device):
+    logits = torch.zeros(60, 6, device=device)
+    logits[:, 0] = 5.0
+    ids = triton_sampling.sample(logits, *settings(60, device, top_k=2, temperature=20.0))
+    assert set(ids.tolist()) == set(range(6))
+
+
+def test_frequencies_follow_the_probabilities(device):
+    probabilities = torch.tensor([0.5, 0.25, 0.15, 0.1])
+    rows = 120 if device.type == "cpu" else 20000
+    logits = probabilities.log().repeat(rows, 1).to(device)
+    counts = torch.bincount(triton_sampling.sample(logits, *settings(rows, device)).cpu(), minlength=4)
+    # five standard deviations of a binomial count
+    bound = 5 * (rows * probabilities * (1 - probabilities)).sqrt()
+    assert ((counts - rows * probabilities).abs() < bound).all()
+
+
+def test_noise_is_never_infinite():
+    largest = torch.tensor(0xFFFFFFFF)
+    uniform = ((largest >> 9).float() + 0.5) * 2.0**-23
+    assert torch.isfinite(-torch.log(-torch.log(uniform)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("values", RESTRICTIONS, ids=str)
+def test_a_real_vocabulary(values, device):
+    logits = normal(64, 128256, dtype=torch.float32, device=device, scale=2)
+    arguments = (logits, *settings(64, device, **values))
+    same = triton_sampling.sample(*arguments) == reference.sample(*arguments)
+    assert same.float().mean() > 0.96  # logarithms of the card and of torch differ in the last bit: near ties may flip
+
+
+def test_penalize(device):
+    logits = normal(4, 5000, dtype=torch.float32, device=device, scale=3)
+    prompt_mask = torch.rand(4, 5000, device=device) < 0.2
+    counts = (torch.rand(4, 5000, device=device) * 4).int()
+    repetition = torch.tensor([1.0, 1.3, 0.8, 1.0], device=device)
+    presence = torch.tensor([0.0, 0.5, 0.0, -0.4], device=device)
+    frequency = torch.tensor([0.0, 0.0, 0.3, 0.1], device=device)
+    arguments = (prompt_mask, counts, repetition, presence, frequency)
+    expected = reference.penalize_(logits.clone(), *arguments)
+    returned = triton_sampling.penalize_(logits, *arguments)
+    assert returned.data_ptr() == logits.data_ptr()
+    torch.testing.assert_close(logits, expected)
+
+
+def test_half_precision_logits_are_not_penalized_in_place(device):
+    with pytest.raises(KernelError, match="float32"):
+        triton_sampling.penalize_(torch.zeros(1, 4, device=device).half(), *[torch.zeros(1, 4, device=device)] * 5)
