@@ -1,0 +1,89 @@
+"""An answer is made on one thread and shown on another, so that the terminal obeys Ctrl-C at any moment.
+
+Knows neither what makes the deltas nor what shows them.
+"""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from queue import Empty, SimpleQueue
+from types import FrameType
+from typing import Any
+
+from lmtool.chat.backend import Delta
+
+_END = object()
+
+
+class Pump:
+    """Iterate a backend's stream on a thread; `deltas` hands the pieces to the caller's thread."""
+
+    def __init__(self, stream: Iterator[Delta]) -> None:
+        self._stream = stream
+        # SimpleQueue.put may be called from a signal handler, Queue.put may not
+        self._queue: SimpleQueue[Any] = SimpleQueue()
+        self._stopping = threading.Event()
+        self.stopped_s = float("-inf")  # when, on the monotonic clock
+        self._thread = threading.Thread(target=self._run, name="lmtool-answer", daemon=True)
+        self._thread.start()
+
+    @property
+    def stopped(self) -> bool:
+        return self._stopping.is_set()
+
+    def stop(self) -> None:
+        """End `deltas` now and close the stream as soon as it yields again. Safe in a signal handler."""
+        self.stopped_s = time.monotonic()
+        self._stopping.set()
+        self._queue.put(_END)
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Until the stream is closed, so that nothing that follows meets it in the engine."""
+        self._thread.join(timeout_s)
+
+    def deltas(self, tick_s: float) -> Iterator[Delta | None]:
+        """The pieces as they come, and None whenever ``tick_s`` pass without one. Raises what the stream raised."""
+        while True:
+            try:
+                item = self._queue.get(timeout=tick_s)
+            except Empty:
+                yield None
+                continue
+            if item is _END or self.stopped:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def _run(self) -> None:
+        try:
+            for delta in self._stream:
+                self._queue.put(delta)
+                if self.stopped:
+                    break
+            self._queue.put(_END)
+        except BaseException as error:  # handed to the caller's thread, which raises it
+            self._queue.put(error)
+        finally:
+            close = getattr(self._stream, "close", None)
+            if close is not None:
+                close()
+
+
+class StopOnInterrupt:
+    """While entered, the first Ctrl-C stops the pump; a second one is a KeyboardInterrupt as everywhere else."""
+
+    def __init__(self, pump: Pump) -> None:
+        self._pump = pump
+
+    def __enter__(self) -> None:
+        self._previous = signal.signal(signal.SIGINT, self._interrupted)
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+
+    def _interrupted(self, signum: int, frame: FrameType | None) -> None:
+        if self._pump.stopped:
+            raise KeyboardInterrupt
+        self._pump.stop()

@@ -1,0 +1,234 @@
+"""`lmtool chat`: a conversation on a terminal, or one answer on stdout when there is none to talk to."""
+
+import sys
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lmtool.commands import options
+from lmtool.config import EngineConfig
+from lmtool.errors import ConfigError, InputError
+
+System = Annotated[str | None, typer.Option(help="System prompt.")]
+Prompt = Annotated[str | None, typer.Option(help="Answer this once and leave; piped text is put behind it.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object: text, finish reason, tokens, times.")]
+ShowPrompt = Annotated[
+    bool, typer.Option("--show-prompt", help="Print what the model is really given, and generate nothing.")
+]
+Markdown = Annotated[
+    bool, typer.Option("--markdown/--no-markdown", help="Draw Markdown on the terminal, or plain text.")
+]
+DoubleEnter = Annotated[bool, typer.Option("--double-enter", help="An empty line sends, Enter makes a new line.")]
+HistoryFile = Annotated[
+    Path | None, typer.Option(help="Where typed lines are kept (default: in XDG_STATE_HOME).", dir_okay=False)
+]
+History = Annotated[bool, typer.Option("--history/--no-history", help="Keep typed lines across runs.")]
+ENGINE_NAMES = ("turbomind", "pytorch")
+Backend = Annotated[str | None, typer.Option(hidden=True)]
+
+
+def chat(
+    model: options.Model = options.DEFAULT_MODEL,
+    *,
+    system: System = None,
+    prompt: Prompt = None,
+    json: Json = False,
+    show_prompt: ShowPrompt = False,
+    markdown: Markdown = True,
+    double_enter: DoubleEnter = False,
+    history: History = True,
+    history_file: HistoryFile = None,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    presence_penalty: options.PresencePenalty = None,
+    frequency_penalty: options.FrequencyPenalty = None,
+    seed: options.Seed = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    stop: options.Stop = None,
+    logprobs: options.Logprobs = None,
+    device: options.Device = options.ENGINE_DEFAULTS.device,
+    dtype: options.Dtype = options.ENGINE_DEFAULTS.dtype,
+    session_len: options.SessionLen = None,
+    cache_gb: options.CacheGb = None,
+    cache_max_entry_count: options.CacheMaxEntryCount = options.ENGINE_DEFAULTS.cache_max_entry_count,
+    chat_template: options.ChatTemplate = None,
+    revision: options.Revision = None,
+    download_dir: options.DownloadDir = None,
+    backend: Backend = None,
+) -> None:
+    """Chat with a model on the terminal.
+
+    Without a terminal on stdin, what is piped in is the prompt and stdout is only the answer.
+    """
+    from lmtool.chat.oneshot import read_question
+
+    if backend is not None:
+        _say_one_engine(backend)
+    sampling = options.given(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+        logprobs=logprobs,
+    )
+    # what is wrong with the flags or the prompt is said before a model is loaded
+    options.generation_config(sampling)
+    engine = options.engine_config(
+        device=device,
+        dtype=dtype,
+        session_len=session_len,
+        cache_gb=cache_gb,
+        cache_max_entry_count=cache_max_entry_count,
+    )
+    question = read_question(prompt, sys.stdin)
+    _check_combination(question, json=json, show_prompt=show_prompt, logprobs=logprobs)
+    source = _Source(model, chat_template, revision, download_dir)
+    if question is None:
+        code = _talk(
+            source,
+            engine,
+            sampling,
+            system,
+            markdown=markdown,
+            double_enter=double_enter,
+            history=_history_file(history, history_file),
+        )
+        raise typer.Exit(code)
+    if show_prompt:
+        _show_prompt(source, system, question)
+    else:
+        _answer(source, engine, sampling, system, question, json=json)
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Where the model comes from."""
+
+    model: str
+    chat_template: str | None
+    revision: str | None
+    download_dir: Path | None
+
+
+def _say_one_engine(name: str) -> None:
+    if name not in ENGINE_NAMES:
+        raise ConfigError(f"--backend is {name!r}", "leave it out: lmtool has one engine")
+    print(f"lmtool: {name} is taken as lmtool's own engine; there is one", file=sys.stderr)
+
+
+def _check_combination(question: str | None, *, json: bool, show_prompt: bool, logprobs: int | None) -> None:
+    if question is None:
+        for flag, used in (("--json", json), ("--show-prompt", show_prompt)):
+            if used:
+                raise ConfigError(f"{flag} has no prompt", "give --prompt TEXT or pipe one in")
+    if logprobs is not None and not json:
+        raise ConfigError("--logprobs has nowhere to go", "give --json as well")
+
+
+def _load(source: _Source, engine: EngineConfig) -> Any:
+    """A Pipeline; while it loads, one line on stderr says so if a person may be reading it."""
+    if sys.stderr.isatty():
+        print(f"loading {source.model} …", end="", file=sys.stderr, flush=True)
+    try:
+        from lmtool.engine.pipeline import pipeline
+
+        return pipeline(
+            source.model,
+            engine,
+            chat_template=source.chat_template,
+            revision=source.revision,
+            download_dir=source.download_dir,
+        )
+    finally:
+        if sys.stderr.isatty():
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _talk(
+    source: _Source,
+    engine: EngineConfig,
+    sampling: dict[str, Any],
+    system: str | None,
+    *,
+    markdown: bool,
+    double_enter: bool,
+    history: Path | None,
+) -> int:
+    if find_spec("prompt_toolkit") is None:
+        raise InputError("prompt_toolkit is not installed", "pip install 'lmtool[chat]', or pipe the prompt in")
+    from lmtool.chat import repl
+    from lmtool.chat.backend import LocalBackend
+    from lmtool.chat.session import Session
+    from lmtool.chat.settings import Settings
+
+    pipe = _load(source, engine)
+    backend = LocalBackend(pipe)
+    try:
+        config = options.generation_config(sampling, pipe.default_generation)
+        settings = Settings(config, markdown=markdown)
+        return repl.run(
+            backend, Session(system), settings, repl.ReplOptions(history=history, double_enter=double_enter)
+        )
+    finally:
+        backend.close()
+
+
+def _history_file(history: bool, path: Path | None) -> Path | None:
+    from lmtool.chat.session import default_history
+
+    return (path or default_history()) if history else None
+
+
+def _answer(
+    source: _Source,
+    engine: EngineConfig,
+    sampling: dict[str, Any],
+    system: str | None,
+    question: str,
+    *,
+    json: bool,
+) -> None:
+    from lmtool.chat import oneshot
+    from lmtool.chat.backend import LocalBackend
+    from lmtool.chat.session import Session
+
+    begun_s = time.perf_counter()
+    pipe = _load(source, engine)
+    load_s = time.perf_counter() - begun_s
+    backend = LocalBackend(pipe)
+    try:
+        config = options.generation_config(sampling, pipe.default_generation)
+        messages = Session(system).messages(question)
+        if json:
+            oneshot.print_json(backend, messages, config, model=source.model, load_s=load_s)
+        else:
+            oneshot.print_answer(backend, messages, config)
+    finally:
+        backend.close()
+
+
+def _show_prompt(source: _Source, system: str | None, question: str) -> None:
+    """The text behind the chat template, special tokens and all; needs the tokenizer only."""
+    from lmtool.chat.escape import neutralise
+    from lmtool.chat.session import Session
+    from lmtool.checkpoint.hub import resolve_model
+    from lmtool.tokenizer import load_tokenizer
+
+    path = resolve_model(source.model, revision=source.revision, download_dir=source.download_dir)
+    tokenizer = load_tokenizer(path, chat_template=source.chat_template)
+    messages = Session(system).messages(question)
+    print(neutralise(tokenizer.render_chat(messages)))
+    print(f"lmtool: {len(tokenizer.chat_ids(messages)):,} tokens", file=sys.stderr)
