@@ -111,8 +111,14 @@ def _around(library: LibraryTokenizer) -> tuple[list[int], list[int]]:
     raise TokenizerError("the post-processor of tokenizer.json changes the text's own ids")
 
 
-def from_gguf_parts(tokens: list[str], merges: list[str], token_types: list[int], pre_tokenizer: str) -> BpeVocabulary:
-    """Byte-level BPE of `tokenizer.ggml.model = gpt2`. Raises TokenizerError for an unknown `tokenizer.ggml.pre`."""
+def from_gguf_parts(
+    tokens: list[str], merges: list[str], token_types: list[int], pre_tokenizer: str, unknown: str | None
+) -> BpeVocabulary:
+    """Byte-level BPE of `tokenizer.ggml.model = gpt2`. Raises TokenizerError for an unknown `tokenizer.ggml.pre`.
+
+    unknown: the token for a byte that the vocabulary lacks (SmolLM2 has no 06 and no F1), as transformers
+    does; llama.cpp and the library drop such a byte
+    """
     if pre_tokenizer not in PRE_TOKENIZERS:
         raise TokenizerError(
             f"the GGUF file's pre-tokenizer {pre_tokenizer!r} is not known", "take one of " + ", ".join(PRE_TOKENIZERS)
@@ -123,7 +129,7 @@ def from_gguf_parts(tokens: list[str], merges: list[str], token_types: list[int]
     try:
         pairs = [_pair(merge) for merge in merges]
         # Llama 3 takes a word that is a token as it is, even where no merges lead to it
-        model = BPE(ids, pairs, ignore_merges=PRE_TOKENIZERS[pre_tokenizer] == (LLAMA3,))
+        model = BPE(ids, pairs, unk_token=unknown, ignore_merges=PRE_TOKENIZERS[pre_tokenizer] == (LLAMA3,))
     except Exception as error:  # the library raises Exception itself
         raise TokenizerError(f"the merges of the GGUF file are broken: {error}", "download it again") from error
     library = LibraryTokenizer(model)

@@ -210,7 +210,12 @@ def _gguf_vocabulary(file: GgufFile) -> tuple[Vocabulary, bool]:
     if not file.has_strings("tokenizer.ggml.merges"):
         raise TokenizerError(f"{file.path} lacks tokenizer.ggml.merges", "convert it again with llama.cpp's converter")
     merges = file.strings("tokenizer.ggml.merges")
-    return bpe.from_gguf_parts(tokens, merges, types, file.metadata.get("tokenizer.ggml.pre", "default")), False
+    pre_tokenizer = file.metadata.get("tokenizer.ggml.pre", "default")
+    unknown_id = file.metadata.get("tokenizer.ggml.unknown_token_id")
+    if unknown_id is not None and unknown_id >= len(tokens):
+        raise TokenizerError(f"{file.path}: unknown_token_id is {unknown_id} of {len(tokens)}", "download it again")
+    unknown = None if unknown_id is None else tokens[unknown_id]
+    return bpe.from_gguf_parts(tokens, merges, types, pre_tokenizer, unknown), False
 
 
 def _numbers(file: GgufFile, key: str, tokens: list[str], default: float) -> list[Any]:
