@@ -8,18 +8,29 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from lmtool.config import EngineConfig, GenerationConfig
+    from lmtool.config import EngineConfig, GenerationConfig, PytorchEngineConfig, TurbomindEngineConfig
     from lmtool.engine.pipeline import Pipeline, Response, pipeline
 
 _LAZY = {
     "EngineConfig": "lmtool.config",
+    "PytorchEngineConfig": "lmtool.config",
+    "TurbomindEngineConfig": "lmtool.config",
     "GenerationConfig": "lmtool.config",
     "Pipeline": "lmtool.engine.pipeline",
     "Response": "lmtool.engine.pipeline",
     "pipeline": "lmtool.engine.pipeline",
 }
 
-__all__ = ["EngineConfig", "GenerationConfig", "Pipeline", "Response", "__version__", "pipeline"]
+__all__ = [
+    "EngineConfig",
+    "GenerationConfig",
+    "Pipeline",
+    "PytorchEngineConfig",
+    "Response",
+    "TurbomindEngineConfig",
+    "__version__",
+    "pipeline",
+]
 
 
 def __getattr__(name: str) -> Any:

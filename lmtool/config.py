@@ -27,8 +27,10 @@ def _check(ok: bool, name: str, value: object, wanted: str, error: type[ConfigEr
 class EngineConfig:
     """How an engine is set up.
 
-    dtype                  'auto', 'float16', 'bfloat16', 'float32'; auto on a CPU uses a GGUF's 4-bit weights as they are
+    dtype                  'auto', 'float16', 'bfloat16', 'float32'; 'auto' on a CPU uses a GGUF's 4-bit weights
+                           as they are
     device                 'auto', 'cpu', 'cuda', 'cuda:1', …
+    model_format           'hf' or 'gguf' to insist on it; None: detected
     session_len            longest prompt + answer of one request, tokens; None: the model's own
     max_batch_size         most requests computed in one step
     max_batched_tokens     token budget of one step; longer prompts are prefilled in chunks of it
@@ -39,6 +41,7 @@ class EngineConfig:
 
     dtype: str = "auto"
     device: str = "auto"
+    model_format: str | None = None
     session_len: int | None = None
     max_batch_size: int = 256
     max_batched_tokens: int = 8192
@@ -56,6 +59,11 @@ class EngineConfig:
         check(self.max_batched_tokens >= 64, "max_batched_tokens", "at least 64 tokens")
         check(0 < self.cache_max_entry_count < 1, "cache_max_entry_count", "a share between 0 and 1")
         check(self.cache_gb is None or self.cache_gb > 0, "cache_gb", "a size in GiB above 0")
+
+
+# LMDeploy has two engines and a class for each; lmtool has one
+TurbomindEngineConfig = EngineConfig
+PytorchEngineConfig = EngineConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""The one inference engine: requests in, token ids out. schedule → run → finish."""

@@ -1,0 +1,102 @@
+"""The engine on a thread of its own: one inbox, one callback per request. Knows neither text nor HTTP.
+
+A callback is called from the engine's thread, once for each token and once at the end; it must not block.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable
+
+from lmtool.engine.core import EngineCore, TokenOutput
+from lmtool.engine.sequence import Request
+from lmtool.errors import EngineError, LmtoolError
+
+Callback = Callable[[TokenOutput], None]
+
+
+class AsyncEngine:
+    def __init__(self, core: EngineCore) -> None:
+        self._core = core
+        self._wake = threading.Condition()
+        self._inbox: deque[tuple[Request, Callback] | int] = deque()
+        self._callbacks: dict[int, Callback] = {}
+        self._closing = False
+        self._broken: LmtoolError | None = None
+        self._thread = threading.Thread(target=self._loop, name="lmtool-engine", daemon=True)
+        self._thread.start()
+
+    # ------------------------------------------------------------------ any thread
+    def submit(self, request: Request, callback: Callback) -> None:
+        """Queue a request. Raises EngineError where the engine is closed or broken."""
+        self._post((request, callback))
+
+    def abort(self, request_id: int) -> None:
+        """End a request; its callback gets a last call with finish_reason 'abort'. Harmless when it is over."""
+        if self._thread.is_alive():
+            self._post(request_id)
+
+    def close(self) -> None:
+        """End all requests with an error and let go of the model."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _post(self, item: tuple[Request, Callback] | int) -> None:
+        with self._wake:
+            if self._broken is not None:
+                raise self._broken
+            if self._closing:
+                raise EngineError("the engine is closed")
+            self._inbox.append(item)
+            self._wake.notify()
+
+    # ------------------------------------------------------------------ the engine's thread
+    def _loop(self) -> None:
+        reason: LmtoolError = EngineError("the engine is closed")
+        try:
+            while self._receive():
+                for output in self._core.step():
+                    self._deliver(output)
+        except Exception as error:  # a bug of ours: nobody may be left waiting
+            reason = EngineError(f"the engine stopped: {type(error).__name__}: {error}")
+            raise
+        finally:
+            self._finish(reason)
+
+    def _receive(self) -> bool:
+        """Wait for work, take the inbox in. False when it is time to stop."""
+        with self._wake:
+            while not (self._inbox or self._core.has_work or self._closing):
+                self._wake.wait()
+            if self._closing:
+                return False
+            items, self._inbox = self._inbox, deque()
+        for item in items:
+            if isinstance(item, int):
+                output = self._core.abort(item)
+                if output is not None:
+                    self._deliver(output)
+            else:
+                self._callbacks[item[0].request_id] = item[1]
+                self._core.add(item[0])
+        return self._core.has_work or self._receive()
+
+    def _deliver(self, output: TokenOutput) -> None:
+        callback = self._callbacks[output.request_id]
+        if output.finish_reason is not None:
+            del self._callbacks[output.request_id]
+        callback(output)
+
+    def _finish(self, reason: LmtoolError) -> None:
+        with self._wake:
+            self._broken = reason
+            for item in self._inbox:
+                if not isinstance(item, int):
+                    self._callbacks[item[0].request_id] = item[1]
+            self._inbox.clear()
+        for request_id, callback in list(self._callbacks.items()):
+            callback(TokenOutput(request_id, None, "error", error=reason))
+        self._callbacks.clear()
+        self._core.close()

@@ -1,0 +1,63 @@
+"""`Batch` and `StepOutput`: the plain messages between scheduler and runner. Knows no torch.
+
+A running sequence owns a *slot*: a row of the runner's tables. The scheduler sends only what changed.
+"""
+
+from dataclasses import dataclass, field
+
+from lmtool.engine.sequence import Request, TokenLogprob
+
+
+@dataclass(slots=True)
+class Join:
+    """A sequence takes a slot. ``answer_ids``: what it had generated before it was preempted."""
+
+    slot: int
+    request: Request
+    answer_ids: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Prompt tokens to compute in this step. ``samples``: a token comes out, the chunk being the last."""
+
+    slot: int
+    start: int
+    token_ids: list[int]
+    samples: bool
+
+
+@dataclass(slots=True)
+class Batch:
+    """One step: first everything that changed, then one token for each slot of ``decodes``, then the chunks.
+
+    new_blocks   (slot, index in its block table, block)
+    decodes      slots whose last token (which the runner holds) is computed; position is num_tokens - 1
+    positions    the position of each decode's token
+    bans         (slot, token id) that must not come out of this step
+    """
+
+    joins: list[Join] = field(default_factory=list)
+    leaves: list[int] = field(default_factory=list)
+    new_blocks: list[tuple[int, int, int]] = field(default_factory=list)
+    decodes: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+    bans: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.decodes) + sum(len(chunk.token_ids) for chunk in self.chunks)
+
+    @property
+    def sampled_slots(self) -> list[int]:
+        """The slots a token comes out of, in the order of `StepOutput.token_ids`."""
+        return self.decodes + [chunk.slot for chunk in self.chunks if chunk.samples]
+
+
+@dataclass(slots=True)
+class StepOutput:
+    """One token per sampled slot; logprobs for the slots that asked."""
+
+    token_ids: list[int]
+    logprobs: dict[int, TokenLogprob] = field(default_factory=dict)

@@ -1,0 +1,46 @@
+"""One rank: device, decoder, cache, sampler. Knows no queue, no HTTP, no other rank's process."""
+
+import torch
+
+from lmtool.engine.batch import Batch, StepOutput
+from lmtool.engine.inputs import SlotTables
+from lmtool.engine.kv_cache import CachePlan, allocate_cache
+from lmtool.engine.sampler import Sampler
+from lmtool.models.decoder import Decoder
+
+
+class ModelRunner:
+    """Runs one `Batch` at a time; holds the tables that a batch changes."""
+
+    def __init__(self, decoder: Decoder, plan: CachePlan, *, max_batch_size: int) -> None:
+        self.decoder = decoder
+        self.plan = plan
+        device = decoder.device
+        self._caches = allocate_cache(plan, decoder.config, decoder.dtype, device)
+        max_blocks = -(-plan.session_len // plan.block_size)
+        self._tables = SlotTables(max_batch_size, max_blocks, plan.block_size, device)
+        self._sampler = Sampler(max_batch_size, decoder.config.vocab_size, device)
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> StepOutput:
+        self.apply_changes(batch)
+        if not batch.num_tokens:
+            return StepOutput([])
+        inputs = self._tables.build(batch)
+        hidden = self.decoder.forward(inputs.ids, inputs.context, self._caches)
+        slots = batch.sampled_slots
+        if not slots:
+            return StepOutput([])
+        if inputs.sampled_rows is not None:
+            hidden = hidden.index_select(0, inputs.sampled_rows)
+        output = self._sampler.sample(self.decoder.logits(hidden), slots, batch.bans)
+        self._tables.last_tokens[slots] = output.token_ids
+        return output
+
+    def apply_changes(self, batch: Batch) -> None:
+        """Leaves first: a slot may be given up and taken again in one batch."""
+        for slot in batch.leaves:
+            self._sampler.leave(slot)
+        for join in batch.joins:
+            self._sampler.join(join)
+        self._tables.apply(batch)

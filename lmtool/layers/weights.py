@@ -1,0 +1,136 @@
+"""How a matrix is stored. A matrix of the decoder is one of these; the decoder never learns which.
+
+`Dense` holds numbers; `Int4Cpu` holds a GGUF's own 4-bit codes in torch's packed form. Knows no names and no files.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lmtool import kernels
+
+
+class Matrix(Protocol):
+    """[N, K] and the four things a decoder does with it; x [T, K]."""
+
+    @property
+    def num_bytes(self) -> int: ...
+    def linear(self, x: Tensor) -> Tensor: ...
+    def norm_linear(self, x: Tensor, norm_weight: Tensor, eps: float) -> Tensor: ...
+    def norm_linear_silu(self, x: Tensor, norm_weight: Tensor, eps: float) -> Tensor: ...
+    def add_linear_(self, residual: Tensor, x: Tensor) -> Tensor: ...
+
+
+class Dense:
+    """weight [N, K] and bias [N] in the model's dtype."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.weight = weight
+        self.bias = bias
+
+    @property
+    def num_bytes(self) -> int:
+        return self.weight.nbytes + (self.bias.nbytes if self.bias is not None else 0)
+
+    def linear(self, x: Tensor) -> Tensor:
+        return kernels.linear(x, self.weight, self.bias)
+
+    def norm_linear(self, x: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
+        return kernels.norm_linear(x, norm_weight, eps, self.weight, self.bias)
+
+    def norm_linear_silu(self, x: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
+        return kernels.norm_linear_silu(x, norm_weight, eps, self.weight)
+
+    def add_linear_(self, residual: Tensor, x: Tensor) -> Tensor:
+        return kernels.add_linear_(residual, x, self.weight, self.bias)
+
+
+class _CpuCodes:
+    """Shared by the CPU stores whose kernel multiplies bfloat16 rows.
+
+    The residual stream stays float32; only what goes into and comes out of a product is bfloat16.
+    """
+
+    bias: Tensor | None
+
+    def _product(self, x: Tensor) -> Tensor:
+        """x [T, K] in any float dtype → [T, N], bfloat16 where the rows are few, else float32."""
+        raise NotImplementedError
+
+    def linear(self, x: Tensor) -> Tensor:
+        y = self._product(x).float()
+        return y if self.bias is None else y.add_(self.bias)
+
+    def norm_linear(self, x: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
+        return self.linear(kernels.rms_norm(x, norm_weight, eps))
+
+    def norm_linear_silu(self, x: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
+        return kernels.silu_mul(self._product(kernels.rms_norm(x, norm_weight, eps)))
+
+    def add_linear_(self, residual: Tensor, x: Tensor) -> Tensor:
+        residual.add_(self._product(x))
+        return residual if self.bias is None else residual.add_(self.bias)
+
+
+class Int4Cpu(_CpuCodes):
+    """4-bit codes in groups of 32, as GGUF's Q4_0 and Q4_1 store them: w = code · scale + minimum.
+
+    Few rows go to torch's packed kernel (bfloat16 rows, bfloat16 scales: they lose 3 bits of mantissa, which is
+    far below what 4 bits lost). Many rows are compute-bound: they go to a float32 product with the exact weights,
+    kept beside the codes where ``keep_dense``, else expanded for each call.
+    """
+
+    MAX_PACKED_ROWS = 24  # measured: docs/log.md, 2026-11-21, "CPU products by row count"
+
+    def __init__(
+        self, codes: Tensor, scale: Tensor, minimum: Tensor, bias: Tensor | None = None, *, keep_dense: bool = True
+    ) -> None:
+        """codes [N, K] uint8 0..15; scale and minimum [N, K / group] float32; bias [N]."""
+        self.group_size = codes.shape[1] // scale.shape[1]
+        self.bias = bias
+        self._packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+        # torch's form is (code - 8) · scale + zero
+        pairs = torch.stack((scale, minimum + 8 * scale), dim=-1)
+        self._scale_and_zero = pairs.transpose(0, 1).contiguous().bfloat16()
+        self._dense = expand_int4(codes, scale, minimum) if keep_dense else None
+        self._codes = None if keep_dense else (codes, scale, minimum)
+
+    @property
+    def num_bytes(self) -> int:
+        kept = [self._dense] if self._dense is not None else list(self._codes or ())
+        return self._packed.nbytes + self._scale_and_zero.nbytes + sum(t.nbytes for t in kept)
+
+    def _product(self, x: Tensor) -> Tensor:
+        if x.shape[0] <= self.MAX_PACKED_ROWS:
+            return torch.ops.aten._weight_int4pack_mm_for_cpu(
+                x.bfloat16(), self._packed, self.group_size, self._scale_and_zero
+            )
+        if self._dense is not None:
+            return kernels.linear(x.float(), self._dense)
+        assert self._codes is not None
+        return kernels.linear(x.float(), expand_int4(*self._codes))
+
+
+class Int8Cpu(_CpuCodes):
+    """8-bit codes with a scale per output row, for the output head: the largest matrix of a small model."""
+
+    def __init__(self, weight: Tensor) -> None:
+        """weight [N, K] float32, rounded to 8 bits here."""
+        self.bias = None
+        scale = weight.abs().amax(dim=1).clamp_min(1e-12) / 127
+        self._codes = torch.round(weight / scale[:, None]).to(torch.int8)
+        self._scale = scale.bfloat16()
+
+    @property
+    def num_bytes(self) -> int:
+        return self._codes.nbytes + self._scale.nbytes
+
+    def _product(self, x: Tensor) -> Tensor:
+        return torch.ops.aten._weight_int8pack_mm(x.bfloat16(), self._codes, self._scale)
+
+
+def expand_int4(codes: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
+    """codes [N, K] uint8, scale and minimum [N, K / group] → [N, K] float32."""
+    grouped = codes.view(*scale.shape, -1).float()
+    return grouped.mul_(scale[..., None]).add_(minimum[..., None]).flatten(1)

@@ -1,0 +1,86 @@
+"""The one decoder: embedding → N × (norm, attention, norm, MLP) → norm → head. Knows no family by name."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lmtool import kernels
+from lmtool.layers.attention import attention
+from lmtool.layers.context import AttentionContext
+from lmtool.layers.rotary import cos_sin_table
+from lmtool.layers.weights import Matrix
+from lmtool.models.config import ModelConfig
+
+KvCache = tuple[Tensor, Tensor]  # K and V of one layer, each [Hkv, NB, block_size, D]
+
+
+@dataclass(slots=True)
+class DecoderLayer:
+    attention_norm: Tensor
+    qkv: Matrix
+    o: Matrix
+    mlp_norm: Tensor
+    gate_up: Matrix
+    down: Matrix
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+
+
+class Decoder:
+    """Six ops a layer, each one kernel on a GPU. The residual stream is updated in place."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        embed: Tensor,
+        layers: Sequence[DecoderLayer],
+        final_norm: Tensor,
+        head: Matrix,
+        num_positions: int,
+    ) -> None:
+        """embed [V, H]; head a matrix [V, H]; num_positions: the longest sequence the engine admits, tokens."""
+        self.config = config
+        self.embed = embed
+        self.layers = list(layers)
+        self.final_norm = final_norm
+        self.head = head
+        self.cos_sin = cos_sin_table(config.rope, num_positions, embed.device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """What the weights take, as they are stored."""
+        matrices = [m for layer in self.layers for m in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        tied = getattr(self.head, "weight", None) is self.embed
+        head = 0 if tied else self.head.num_bytes
+        return self.embed.nbytes + head + sum(m.num_bytes for m in matrices)
+
+    def forward(self, ids: Tensor, step: AttentionContext, caches: Sequence[KvCache]) -> Tensor:
+        """ids [T] int64 → the residual stream after the last layer [T, H]; K and V of the tokens are cached."""
+        config = self.config
+        hidden = torch.nn.functional.embedding(ids, self.embed)
+        cos_sin = self.cos_sin.index_select(0, step.positions)
+        scale = config.head_dim**-0.5
+        for layer, (k_cache, v_cache) in zip(self.layers, caches, strict=True):
+            qkv = layer.qkv.norm_linear(hidden, layer.attention_norm, config.rms_norm_eps)
+            q = kernels.rope_store(
+                qkv, cos_sin, step.slots, k_cache, v_cache, layer.q_norm, layer.k_norm, config.rms_norm_eps
+            )
+            attended = attention(q, k_cache, v_cache, step, scale, config.sliding_window)
+            layer.o.add_linear_(hidden, attended)
+            gated = layer.gate_up.norm_linear_silu(hidden, layer.mlp_norm, config.rms_norm_eps)
+            layer.down.add_linear_(hidden, gated)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [n, H] → float32 logits [n, V]."""
+        return self.head.norm_linear(hidden, self.final_norm, self.config.rms_norm_eps).float()

@@ -1,0 +1,182 @@
+"""Checkpoint → `Decoder`: names are translated, shapes checked, missing and unexpected tensors reported at once.
+
+Knows no file format: a checkpoint is its names, shapes and tensors.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmtool.checkpoint.formats import Checkpoint
+from lmtool.errors import CheckpointError
+from lmtool.layers.weights import Dense, Int4Cpu, Int8Cpu, Matrix
+from lmtool.models.config import ModelConfig, Reader
+from lmtool.models.decoder import Decoder, DecoderLayer
+from lmtool.models.registry import family
+
+# left over from training code; they hold nothing that the config does not say
+_IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.attn\.masked_bias$|\.attn\.bias$|^rope_freqs\.weight$")
+_MOST_NAMES_SHOWN = 6
+
+Progress = Callable[[int, int], None]  # layers done, layers in all
+
+
+def read_model_config(config: dict[str, Any]) -> ModelConfig:
+    """config.json → ModelConfig. Raises CheckpointError for an unknown architecture or a damaged file."""
+    result: ModelConfig = family(config).read_config(Reader(config))
+    return result
+
+
+def load_decoder(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_positions: int,
+    keep_int4: bool = False,
+    progress: Progress | None = None,
+) -> Decoder:
+    """Build the decoder on ``device``. keep_int4: 4-bit matrices of a GGUF stay 4-bit (CPU)."""
+    source = _Source(checkpoint, config, family(checkpoint.config), dtype, device, keep_int4)
+    source.check_names()
+    layers = []
+    for i in range(config.num_layers):
+        layers.append(source.layer(i))
+        if progress:
+            progress(i + 1, config.num_layers)
+    embed = source.tensor("embed")
+    return Decoder(config, embed, layers, source.tensor("final_norm"), source.head(embed), num_positions)
+
+
+@dataclass(slots=True)
+class _Source:
+    checkpoint: Checkpoint
+    config: ModelConfig
+    family: ModuleType
+    dtype: torch.dtype
+    device: torch.device
+    keep_int4: bool
+
+    def wanted(self) -> list[str]:
+        """Our names of everything this config needs."""
+        config = self.config
+        absent = set()
+        if not config.qkv_bias:
+            absent.add("layers.{i}.qkv.bias")
+        if not config.o_bias:
+            absent.add("layers.{i}.o.bias")
+        if not config.qk_norm:
+            absent |= {"layers.{i}.q_norm", "layers.{i}.k_norm"}
+        if config.tie_word_embeddings:
+            absent.add("head.weight")
+        return [name for name in self.family.NAMES if name not in absent]
+
+    def check_names(self) -> None:
+        wanted: set[str] = set()
+        for ours in self.wanted():
+            layers = range(self.config.num_layers) if "{i}" in ours else range(1)
+            wanted.update(name.format(i=i) for name in self.family.NAMES[ours] for i in layers)
+        present = set(self.checkpoint.names())
+        missing = sorted(wanted - present)
+        allowed = wanted | set(self.family.NAMES["head.weight"])  # a tied head is often stored all the same
+        unexpected = sorted(name for name in present - allowed if not _IGNORED.search(name))
+        if missing or unexpected:
+            parts = []
+            if missing:
+                parts.append(f"{len(missing)} tensors are missing ({_some(missing)})")
+            if unexpected:
+                parts.append(f"{len(unexpected)} are unexpected ({_some(unexpected)})")
+            raise CheckpointError(
+                f"{self.checkpoint.path}: " + " and ".join(parts),
+                f"config.json says {self.config.architecture}, {self.config.num_layers} layers: is it this model's?",
+            )
+
+    def shape(self, ours: str) -> tuple[int, ...]:
+        c = self.config
+        attention_size = c.num_heads * c.head_dim
+        return {
+            "embed": (c.vocab_size, c.hidden_size),
+            "final_norm": (c.hidden_size,),
+            "head.weight": (c.vocab_size, c.hidden_size),
+            "attention_norm": (c.hidden_size,),
+            "mlp_norm": (c.hidden_size,),
+            "qkv.weight": (c.qkv_size, c.hidden_size),
+            "qkv.bias": (c.qkv_size,),
+            "q_norm": (c.head_dim,),
+            "k_norm": (c.head_dim,),
+            "o.weight": (c.hidden_size, attention_size),
+            "o.bias": (c.hidden_size,),
+            "gate_up.weight": (2 * c.intermediate_size, c.hidden_size),
+            "down.weight": (c.hidden_size, c.intermediate_size),
+        }[ours.removeprefix("layers.{i}.")]
+
+    def sources(self, ours: str, i: int) -> list[str]:
+        return [name.format(i=i) for name in self.family.NAMES[ours]]
+
+    def check_shape(self, ours: str, i: int) -> None:
+        names = self.sources(ours, i)
+        shapes = [self.checkpoint.shape(name) for name in names]
+        stacked = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        if stacked != self.shape(ours) or any(shape[1:] != shapes[0][1:] for shape in shapes):
+            found = ", ".join(f"{name} {list(shape)}" for name, shape in zip(names, shapes, strict=True))
+            raise CheckpointError(
+                f"{self.checkpoint.path}: {found} do not make {list(self.shape(ours))}",
+                "config.json and the weights are not of one model",
+            )
+
+    def tensor(self, ours: str, i: int = 0) -> Tensor:
+        self.check_shape(ours, i)
+        parts = [self.checkpoint.tensor(name) for name in self.sources(ours, i)]
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+        transform = getattr(self.family, "TRANSFORMS", {}).get(ours)
+        if transform is not None:
+            joined = transform(joined, self.config)
+        return joined.to(device=self.device, dtype=self.dtype).contiguous()
+
+    def optional(self, ours: str, i: int) -> Tensor | None:
+        return self.tensor(ours, i) if ours in self.wanted() else None
+
+    def matrix(self, ours: str, i: int) -> Matrix:
+        bias_name = ours + ".bias"
+        bias = self.optional(bias_name, i) if bias_name in self.family.NAMES else None
+        weight_name = ours + ".weight"
+        if self.keep_int4 and weight_name not in getattr(self.family, "TRANSFORMS", {}):
+            packed = [self.checkpoint.packed_int4(name) for name in self.sources(weight_name, i)]
+            whole = [p for p in packed if p is not None]
+            if len(whole) == len(packed):
+                self.check_shape(weight_name, i)
+                codes, scale, minimum = (
+                    torch.cat([getattr(p, field) for p in whole]) for field in ("codes", "scale", "minimum")
+                )
+                return Int4Cpu(codes, scale, minimum, bias, keep_dense=self._dense_fits())
+        return Dense(self.tensor(weight_name, i), bias)
+
+    def _dense_fits(self) -> bool:
+        return self.config.num_parameters * 4 <= 2 << 30
+
+    def layer(self, i: int) -> DecoderLayer:
+        return DecoderLayer(
+            attention_norm=self.tensor("layers.{i}.attention_norm", i),
+            qkv=self.matrix("layers.{i}.qkv", i),
+            o=self.matrix("layers.{i}.o", i),
+            mlp_norm=self.tensor("layers.{i}.mlp_norm", i),
+            gate_up=self.matrix("layers.{i}.gate_up", i),
+            down=self.matrix("layers.{i}.down", i),
+            q_norm=self.optional("layers.{i}.q_norm", i),
+            k_norm=self.optional("layers.{i}.k_norm", i),
+        )
+
+    def head(self, embed: Tensor) -> Matrix:
+        weight = embed if self.config.tie_word_embeddings else self.tensor("head.weight")
+        return Int8Cpu(weight) if self.keep_int4 else Dense(weight)
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:_MOST_NAMES_SHOWN])
+    return shown + (", …" if len(names) > _MOST_NAMES_SHOWN else "")
