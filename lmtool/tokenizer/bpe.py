@@ -116,7 +116,7 @@ def from_gguf_parts(
 ) -> BpeVocabulary:
     """Byte-level BPE of `tokenizer.ggml.model = gpt2`. Raises TokenizerError for an unknown `tokenizer.ggml.pre`.
 
-    unknown: the token for a byte that the vocabulary lacks (SmolLM2 has no 06 and no F1), as transformers
+    unknown: the token for bytes that the vocabulary lacks (SmolLM2 has no 06 and no F1), as transformers
     does; llama.cpp and the library drop such a byte
     """
     if pre_tokenizer not in PRE_TOKENIZERS:
@@ -129,7 +129,9 @@ def from_gguf_parts(
     try:
         pairs = [_pair(merge) for merge in merges]
         # Llama 3 takes a word that is a token as it is, even where no merges lead to it
-        model = BPE(ids, pairs, unk_token=unknown, ignore_merges=PRE_TOKENIZERS[pre_tokenizer] == (LLAMA3,))
+        model = BPE(
+            ids, pairs, unk_token=unknown, fuse_unk=True, ignore_merges=PRE_TOKENIZERS[pre_tokenizer] == (LLAMA3,)
+        )
     except Exception as error:  # the library raises Exception itself
         raise TokenizerError(f"the merges of the GGUF file are broken: {error}", "download it again") from error
     library = LibraryTokenizer(model)
