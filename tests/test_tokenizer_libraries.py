@@ -108,6 +108,7 @@ def test_internlm2_names_its_unused_pieces(tmp_path: Path, sentencepiece_model: 
         "config.json": {"architectures": ["InternLM2ForCausalLM"], "eos_token_id": 2},
         "generation_config.json": {"eos_token_id": [2, 340]},
         "tokenizer_config.json": {"added_tokens_decoder": added, "add_bos_token": True},
+        "added_tokens.json": {"<pad>": 5000},
     }
     tokenizer = load_tokenizer(folder_with(tmp_path, files))
     processor = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model)
@@ -117,6 +118,8 @@ def test_internlm2_names_its_unused_pieces(tmp_path: Path, sentencepiece_model: 
         *(341, *processor.encode("assistant\n")),
     ]
     assert tokenizer.eos_ids == {2, 340}
+    assert tokenizer.encode("<pad>", add_special=False, parse_special=True) == [5000]
+    assert tokenizer.vocab_size == 5001
     assert tokenizer.decode(ids) == " user\nthe fox \n assistant\n".removeprefix(" ")
 
 

@@ -84,6 +84,11 @@ class _Metadata:
 def hf_config(file: GgufFile) -> dict[str, Any]:
     """What config.json would say. Raises CheckpointError for what the engine's models cannot express."""
     meta = _Metadata(file)
+    num_parts = file.metadata.get("split.count", 1)
+    if num_parts > 1:
+        raise CheckpointError(
+            f"{file.path} is one of {num_parts} parts", "join them with llama.cpp's llama-gguf-split --merge"
+        )
     if "token_embd.weight" not in file.tensors:
         raise CheckpointError(f"{file.path} holds no token_embd.weight", "give a file with the whole model")
     architecture, model_type = ARCHITECTURES[meta.architecture]

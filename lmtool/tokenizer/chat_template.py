@@ -57,7 +57,15 @@ class ChatTemplate:
             return self._compiled.render(known)
         except TokenizerError:
             raise
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            ArithmeticError,
+            LookupError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             raise TokenizerError(
                 f"the chat template of {self.origin} refuses this conversation: {_one_line(error)}",
                 "change the messages, or give another one with --chat-template NAME|FILE",
@@ -112,7 +120,7 @@ def built_in(name: str) -> ChatTemplate:
 
 def built_in_name(name: str) -> str | None:
     """'internlm-chat-7b' -> 'internlm': LMDeploy's names of models are names of templates too."""
-    stem = re.sub(r"-(chat|instruct|v\d[\d.]*|\d+(\.\d+)?b)\b", "", name.lower()).replace("llama-", "llama")
+    stem = re.sub(r"-(chat|instruct|v\d[\d.]*|\d+([._]\d+)?b)\b", "", name.lower()).replace("llama-", "llama")
     return stem if stem in BUILT_IN else None
 
 

@@ -86,7 +86,8 @@ def _folder_vocabulary(
         return tiktoken_model.from_tiktoken_file(tiktoken_files[0]), [], []
     model, library = folder / "tokenizer.model", folder / "tokenizer.json"
     if model.exists() and (architecture in SENTENCEPIECE_ARCHITECTURES or not library.exists()):
-        return sentencepiece_model.from_model_file(model, sentencepiece_model.added_tokens(settings)), [], []
+        added = sentencepiece_model.added_tokens(settings, _json(folder / "added_tokens.json"))
+        return sentencepiece_model.from_model_file(model, added), [], []
     if library.exists():
         return bpe.from_tokenizer_json(library)
     raise TokenizerError(

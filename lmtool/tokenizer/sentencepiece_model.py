@@ -55,6 +55,12 @@ class SentencePieceVocabulary:
         return None if self._processor.is_unknown(token_id) else token_id
 
 
+def added_tokens(tokenizer_config: Mapping[str, Any], added_tokens_json: Mapping[str, int]) -> dict[str, int]:
+    """text -> id of what tokenizer_config.json's `added_tokens_decoder` and added_tokens.json add."""
+    entries = tokenizer_config.get("added_tokens_decoder") or {}
+    return dict(added_tokens_json) | {entry["content"]: int(token_id) for token_id, entry in entries.items()}
+
+
 def from_model_file(path: Path, added: dict[str, int]) -> SentencePieceVocabulary:
     """Raises TokenizerError for a file that is no sentencepiece model."""
     model = path.read_bytes()
@@ -129,9 +135,3 @@ def _float(field: int, value: float) -> bytes:
 
 def _message(field: int, data: bytes) -> bytes:
     return _varint(field << 3 | 2) + _varint(len(data)) + data
-
-
-def added_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, int]:
-    """text -> id of tokenizer_config.json's `added_tokens_decoder`."""
-    entries = tokenizer_config.get("added_tokens_decoder") or {}
-    return {entry["content"]: int(token_id) for token_id, entry in entries.items()}

@@ -44,7 +44,7 @@ def write_gguf(
         if value is None:
             continue
         kind = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-        name = key if key.startswith(("tokenizer.", "general.")) else f"{architecture}.{key}"
+        name = key if key.startswith(("tokenizer.", "general.", "split.")) else f"{architecture}.{key}"
         kind[type(value)](name, value)
     if tokens:
         writer.add_token_list(tokens)

@@ -151,6 +151,7 @@ def test_llama3_scaling_is_found_in_rope_freqs(tmp_path: Path) -> None:
         ("llama", {"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0}, "rope scaling 'yarn'"),
         ("llama", {"expert_count": 8}, "mixture of experts"),
         ("llama", {"rope.dimension_count": 8}, "rope.dimension_count is 8 and the head has 16"),
+        ("llama", {"split.count": 3}, "m.gguf is one of 3 parts; join them"),
         ("llama", {"embedding_length": None}, "lacks llama.embedding_length"),
         ("llama", {"embedding_length": "64"}, "llama.embedding_length is a str, not a int"),
     ],
