@@ -231,3 +231,19 @@ def test_the_real_file(smollm2: GgufCheckpoint) -> None:
     assert packed is not None
     assert torch.equal(packed.dequantize(), smollm2.tensor("model.layers.29.self_attn.q_proj.weight"))
     assert len(smollm2.file.strings("tokenizer.ggml.tokens")) == 49152
+
+
+@pytest.mark.slow
+def test_the_real_file_s_tensors_are_transformers_own(smollm2: GgufCheckpoint) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    with torch.device("meta"):
+        named = LlamaForCausalLM(LlamaConfig(**smollm2.config))
+    read = load_gguf_checkpoint(str(smollm2.path), return_tensors=True, model_to_load=named)
+    theirs = read["tensors"]
+    assert set(theirs) == set(smollm2.names())
+    for name in smollm2.names():
+        assert torch.equal(smollm2.tensor(name), theirs[name]), name
+    for key in ("hidden_size", "num_key_value_heads", "intermediate_size", "max_position_embeddings", "vocab_size"):
+        assert smollm2.config[key] == read["config"][key]
