@@ -14,6 +14,8 @@ from hashlib import blake2b
 from heapq import heapify, heappop, heappush
 
 _ROOT = b""
+# partly filled blocks remembered after one beginning: each is compared token by token when a prompt comes
+_MAX_TAILS = 16
 
 
 def hash_block(parent: bytes, token_ids: array[int]) -> bytes:
@@ -36,7 +38,7 @@ class BlockManager:
         self._reusable: dict[int, None] = {}
         self._hash_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
-        self._tail_of: dict[bytes, tuple[int, array[int]]] = {}  # parent hash -> (block, its tokens)
+        self._tails_of: dict[bytes, dict[int, array[int]]] = {}  # parent hash -> block -> its tokens, newest last
         self._tail_parent: dict[int, bytes] = {}
 
     @property
@@ -79,7 +81,9 @@ class BlockManager:
             del self._block_of[digest]
         parent = self._tail_parent.pop(block, None)
         if parent is not None:
-            del self._tail_of[parent]
+            del self._tails_of[parent][block]
+            if not self._tails_of[parent]:
+                del self._tails_of[parent]
 
     # ------------------------------------------------------------------ sharing
     def match(self, token_ids: array[int]) -> tuple[list[int], list[bytes], int]:
@@ -115,14 +119,13 @@ class BlockManager:
         self._ref_counts[block] += 1
 
     def _match_tail(self, parent: bytes, token_ids: array[int], start: int) -> tuple[int, int] | None:
-        block, tokens = self._tail_of.get(parent, (0, array("q")))
         wanted = token_ids[start : len(token_ids) - 1]
-        shared = 0
-        for mine, theirs in zip(wanted, tokens, strict=False):
-            if mine != theirs:
-                break
-            shared += 1
-        if shared == 0 or self._ref_counts[block] > 0:
+        best = (0, 0)  # tokens shared, block
+        for block, tokens in self._tails_of.get(parent, {}).items():
+            if self._ref_counts[block] == 0:
+                best = max(best, (_num_shared(wanted, tokens), block))
+        shared, block = best
+        if shared == 0:
             return None
         self._own(block)
         self._forget(block)  # it will be written to: nobody else may find it
@@ -138,9 +141,14 @@ class BlockManager:
 
     def publish_tail(self, block: int, parent: bytes, token_ids: array[int]) -> None:
         """A sequence ends with this partly filled block, which it still owns alone."""
-        if self.prefix_caching and token_ids and parent not in self._tail_of:
-            self._tail_of[parent] = (block, token_ids)
-            self._tail_parent[block] = parent
+        if not self.prefix_caching or not token_ids:
+            return
+        tails = self._tails_of.setdefault(parent, {})
+        if len(tails) == _MAX_TAILS:
+            del self._tail_parent[next(iter(tails))]
+            del tails[next(iter(tails))]
+        tails[block] = token_ids
+        self._tail_parent[block] = parent
 
     # ------------------------------------------------------------------ for tests
     def check_integrity(self, owners: Iterable[list[int]]) -> None:
@@ -155,6 +163,14 @@ class BlockManager:
         assert len(set(free)) == len(free), "a block is free twice"
         assert set(free) == {b for b in range(1, self.num_blocks) if counts[b] == 0}, "a block is lost"
         assert all(self._block_of[digest] == block for block, digest in self._hash_of.items())
-        assert all(self._tail_of[parent][0] == block for block, parent in self._tail_parent.items())
-        assert len(self._tail_of) == len(self._tail_parent)
+        assert all(block in self._tails_of[parent] for block, parent in self._tail_parent.items())
+        assert sum(len(tails) for tails in self._tails_of.values()) == len(self._tail_parent)
         assert len(self._block_of) == len(self._hash_of)
+
+
+def _num_shared(first: array[int], second: array[int]) -> int:
+    """Length of the common beginning."""
+    for i, (mine, theirs) in enumerate(zip(first, second, strict=False)):
+        if mine != theirs:
+            return i
+    return min(len(first), len(second))

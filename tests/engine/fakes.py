@@ -1,0 +1,72 @@
+"""`MemoryExecutor`: a runner without a model. Its "K/V cache" holds the token ids themselves, by block and offset.
+
+A token comes out as a hash of every token that the sequence reads back through its block table. So any mistake in
+blocks, sharing, chunking or preemption changes an answer, or trips an assertion here.
+"""
+
+from collections.abc import Sequence
+from zlib import crc32
+
+from lmtool.engine.batch import Batch, StepOutput
+
+VOCAB = 50
+
+
+def next_token(token_ids: Sequence[int]) -> int:
+    return crc32(repr(list(token_ids)).encode()) % VOCAB
+
+
+def expected_answer(prompt_ids: Sequence[int], count: int) -> list[int]:
+    token_ids = list(prompt_ids)
+    for _ in range(count):
+        token_ids.append(next_token(token_ids))
+    return token_ids[len(prompt_ids) :]
+
+
+class MemoryExecutor:
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.block_size = block_size
+        self.memory: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks)]
+        self.tables: dict[int, dict[int, int]] = {}
+        self.last: dict[int, int] = {}
+        self.batches: list[Batch] = []
+        self.fail_next = False
+
+    def run(self, batch: Batch) -> StepOutput:
+        self.batches.append(batch)
+        for slot in batch.leaves:
+            self.tables.pop(slot, None)
+        for join in batch.joins:
+            assert join.slot not in self.tables, "the slot is taken"
+            self.tables[join.slot] = {}
+            if join.answer_ids:
+                self.last[join.slot] = join.answer_ids[-1]
+        for slot, index, block in batch.new_blocks:
+            assert block != 0, "block 0 belongs to nobody"
+            self.tables[slot][index] = block
+        if self.fail_next:
+            self.fail_next = False
+            raise RuntimeError("the card fell off the bus\nwith details")
+        slots = [*batch.decodes, *(chunk.slot for chunk in batch.chunks)]
+        assert len(slots) == len(set(slots)), "a sequence is in the batch twice"
+        out = [
+            self._write(slot, at, [self.last[slot]]) for slot, at in zip(batch.decodes, batch.positions, strict=True)
+        ]
+        for chunk in batch.chunks:
+            token = self._write(chunk.slot, chunk.start, chunk.token_ids)
+            if chunk.samples:
+                out.append(token)
+        for slot, token in zip(batch.sampled_slots, out, strict=True):
+            self.last[slot] = token
+        return StepOutput(out)
+
+    def _write(self, slot: int, start: int, token_ids: list[int]) -> int:
+        table = self.tables[slot]
+        for position, token in enumerate(token_ids, start):
+            self.memory[table[position // self.block_size]][position % self.block_size] = token
+        read = [self.memory[table[p // self.block_size]][p % self.block_size] for p in range(start + len(token_ids))]
+        assert None not in read, "a token was read that nobody wrote"
+        return next_token([token for token in read if token is not None])
+
+    def close(self) -> None:
+        pass

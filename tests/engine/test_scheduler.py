@@ -1,0 +1,163 @@
+"""Scheduling, sharing, preemption and abort over a cache that remembers tokens: no model in sight."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lmtool.engine.block_manager import BlockManager
+from lmtool.engine.core import EngineCore
+from lmtool.engine.scheduler import Scheduler
+from lmtool.errors import EngineError
+from tests.engine.fakes import MemoryExecutor, expected_answer
+from tests.support import collect, request, run_all
+
+BLOCK_SIZE = 4
+SESSION_LEN = 40
+
+
+def make_core(num_blocks: int, *, batch: int = 4, budget: int = 8, prefix_caching: bool = True) -> EngineCore:
+    blocks = BlockManager(num_blocks, BLOCK_SIZE, prefix_caching=prefix_caching)
+    scheduler = Scheduler(blocks, max_batch_size=batch, max_batched_tokens=budget)
+    return EngineCore(scheduler, MemoryExecutor(num_blocks, BLOCK_SIZE), session_len=SESSION_LEN)
+
+
+def check(core: EngineCore) -> None:
+    core.scheduler.blocks.check_integrity([s.block_table for s in core.scheduler.running])
+
+
+# prompts over two letters share beginnings often
+prompts = st.lists(st.integers(0, 1), min_size=1, max_size=20)
+jobs = st.lists(st.tuples(prompts, st.integers(1, 15), st.integers(0, 12)), min_size=1, max_size=12)
+
+
+@given(
+    jobs=jobs,
+    num_blocks=st.integers(12, 40),
+    batch=st.integers(1, 5),
+    budget=st.integers(1, 30),
+    aborts=st.sets(st.tuples(st.integers(0, 11), st.integers(0, 60))),
+    prefix_caching=st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_every_answer_is_what_it_would_be_alone(
+    jobs: list[tuple[list[int], int, int]],
+    num_blocks: int,
+    batch: int,
+    budget: int,
+    aborts: set[tuple[int, int]],
+    prefix_caching: bool,
+) -> None:
+    """Random arrivals, aborts, budgets and caches too small for all: nothing mixes, nothing leaks."""
+    core = make_core(num_blocks, batch=batch, budget=budget, prefix_caching=prefix_caching)
+    answers: dict[int, list[int]] = {i: [] for i in range(len(jobs))}
+    aborted = set()
+    late = {i: arrival for i, (_, _, arrival) in enumerate(jobs)}
+    step = 0
+    while core.has_work or late:
+        for i in [i for i, arrival in late.items() if arrival <= step]:
+            core.add(request(i, jobs[i][0], max_new_tokens=jobs[i][1]))
+            del late[i]
+        for i, when in aborts:
+            if when == step and core.abort(i) is not None:
+                aborted.add(i)
+        if core.has_work:
+            collect(core.step(), answers)
+        check(core)
+        step += 1
+        assert step < 3000, "the engine does not finish"
+    for i, (prompt, count, _) in enumerate(jobs):
+        expected = expected_answer(prompt, count)
+        assert answers[i] == (expected[: len(answers[i])] if i in aborted else expected)
+    blocks = core.scheduler.blocks
+    assert blocks.num_free == num_blocks - 1
+
+
+def test_prompts_are_chunked_and_decodes_go_on_meanwhile() -> None:
+    core = make_core(30, budget=6)
+    core.add(request(0, [1, 0], max_new_tokens=12))
+    core.step()
+    core.add(request(1, list(range(20)), max_new_tokens=3))
+    answers: dict[int, list[int]] = {0: [], 1: []}
+    while core.has_work:
+        collect(core.step(), answers)
+    batches = core._executor.batches  # type: ignore[attr-defined]
+    mixed = [b for b in batches if b.decodes and b.chunks]
+    assert len(mixed) >= 4
+    assert all(b.num_tokens <= 6 for b in batches)
+    assert answers[1] == expected_answer(list(range(20)), 3)
+
+
+def test_an_equal_beginning_is_computed_once() -> None:
+    core = make_core(40, budget=64)
+    prompt = [1] * 13
+    run_all(core, [request(0, prompt, max_new_tokens=1)])
+    run_all(core, [request(1, [*prompt, 0, 0], max_new_tokens=2)])
+    assert core.scheduler.counters.num_cached_tokens == 13  # 3 full blocks and the tail of a fourth
+    last = core._executor.batches[-2].chunks[0]  # type: ignore[attr-defined]
+    assert last.token_ids == [0, 0]
+
+
+def test_the_next_turn_computes_only_what_is_new() -> None:
+    core = make_core(40, budget=64)
+    prompt = [1, 0, 1, 0, 0, 1, 1]
+    answer = run_all(core, [request(0, prompt, max_new_tokens=6)])[0]
+    turn = [*prompt, *answer, 1, 1]
+    assert run_all(core, [request(1, turn, max_new_tokens=3)])[1] == expected_answer(turn, 3)
+    # all but the answer's last token, whose K/V nobody needed, was in the cache
+    assert core._executor.batches[-3].chunks[0].token_ids == [answer[-1], 1, 1]  # type: ignore[attr-defined]
+
+
+def test_when_blocks_run_out_the_youngest_waits_and_loses_nothing() -> None:
+    core = make_core(9, budget=64)
+    prompts = {i: [i] * 8 for i in range(3)}
+    answers = run_all(core, [request(i, p, max_new_tokens=12) for i, p in prompts.items()])
+    assert answers == {i: expected_answer(p, 12) for i, p in prompts.items()}
+    assert core.scheduler.counters.num_preemptions > 0
+
+
+def test_a_failed_step_ends_its_requests_and_the_engine_lives_on() -> None:
+    core = make_core(30, batch=2, budget=64)
+    for i in range(3):
+        core.add(request(i, [i, 1], max_new_tokens=4))
+    core._executor.fail_next = True  # type: ignore[attr-defined]
+    outputs = core.step()
+    assert sorted(o.request_id for o in outputs) == [0, 1]
+    assert all(isinstance(o.error, EngineError) for o in outputs)
+    assert "RuntimeError: the card fell off the bus" in str(outputs[0].error)
+    assert "\n" not in str(outputs[0].error)
+    check(core)
+    answers: dict[int, list[int]] = {2: []}
+    while core.has_work:
+        collect(core.step(), answers)
+    assert answers[2] == expected_answer([2, 1], 4)
+
+
+def test_how_an_answer_ends() -> None:
+    core = make_core(30, budget=64)
+    prompt = [1, 0, 1]
+    stop = expected_answer(prompt, 5)[2]
+    reasons = {}
+    core.add(request(0, prompt, max_new_tokens=5, stop_token_ids=(stop,)))
+    core.add(request(1, prompt, max_new_tokens=2))
+    core.add(request(2, prompt))
+    core.add(request(3, prompt, max_new_tokens=5, min_new_tokens=4, stop_token_ids=(stop,)))
+    answers: dict[int, list[int]] = {i: [] for i in range(4)}
+    while core.has_work:
+        outputs = core.step()
+        collect(outputs, answers)
+        reasons |= {o.request_id: o.finish_reason for o in outputs if o.finish_reason}
+    first = expected_answer(prompt, 5).index(stop) + 1
+    assert reasons == {0: "stop", 1: "length", 2: "context", 3: "length"}
+    assert [len(answers[i]) for i in range(4)] == [first, 2, SESSION_LEN - len(prompt), 5]
+
+
+@pytest.mark.parametrize("bad", [((7,),), ((3, 7), (9,))])
+def test_bad_sequences_are_banned_where_they_would_be_completed(bad: tuple[tuple[int, ...], ...]) -> None:
+    core = make_core(30, budget=64)
+    core.add(request(0, [1, 2], max_new_tokens=6, bad_ids=bad))
+    while core.has_work:
+        core.step()
+    answer = expected_answer([1, 2], 6)
+    for i, batch in enumerate(core._executor.batches):  # type: ignore[attr-defined]
+        wanted = [b[-1] for b in bad if len(b) == 1 or (i > 0 and (answer[i - 1],) == b[:-1])]
+        assert [token for _, token in batch.bans] == wanted
