@@ -11,11 +11,9 @@ from markdown_it import MarkdownIt
 def parser() -> MarkdownIt:
     """CommonMark with tables, as chat models write it.
 
-    No HTML and no link reference definitions: both would make text of the answer vanish. A line break is a line
-    break, because models do not wrap their lines.
+    No HTML and no link reference definitions: both would make text of the answer vanish.
     """
-    rules = MarkdownIt("commonmark", {"html": False, "breaks": True})
-    return rules.enable(["table", "strikethrough"]).disable("reference")
+    return MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"]).disable("reference")
 
 
 class BlockSplitter:

@@ -178,8 +178,8 @@ def _shorten(text: str, width: int = 60) -> str:
 COMMANDS = {
     "help": Command("", "show this", _help),
     "system": Command("[TEXT|none]", "show or change the system prompt", _system),
-    "set": Command("[NAME VALUE]", "change sampling or display: /set temperature 0.2, /set think on", _set),
-    "show": Command("[prompt]", "model, context and settings; or what the model is really given", _show),
+    "set": Command("[NAME VALUE]", "change a setting, as in /set temperature 0.2", _set),
+    "show": Command("[prompt]", "model, context, settings; or the text the model gets", _show),
     "save": Command("FILE", "write the conversation to a file", _save),
     "load": Command("FILE", "continue a conversation from a file", _load),
     "regen": Command("", "answer the last question again", _regen),

@@ -5,12 +5,14 @@ Code has its fences and no padding, headings are on the left, links show their a
 
 from typing import Any, ClassVar
 
+from markdown_it.token import Token
 from rich import markdown
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.syntax import Syntax
 from rich.text import Text
 
 from lmtool.chat.blocks import parser
+from lmtool.chat.escape import neutralise
 
 _CODE_THEME = "ansi_dark"  # the terminal's own sixteen colours, on its own background
 
@@ -46,3 +48,17 @@ class ChatMarkdown(markdown.Markdown):
         super().__init__("", code_theme=_CODE_THEME, hyperlinks=False)
         self.markup = text
         self.parsed = parser().parse(text)
+        _adapt(self.parsed)
+
+
+def _adapt(tokens: list[Token]) -> None:
+    """Line breaks stay, because models do not wrap their lines; control characters are shown.
+
+    The latter after Markdown has been understood, because that can produce them (``<http://x/%1b[2J>``).
+    """
+    for token in tokens:
+        if token.type == "softbreak":
+            token.type = "hardbreak"
+        token.content = neutralise(token.content)
+        token.attrs = {k: neutralise(v) if isinstance(v, str) else v for k, v in token.attrs.items()}
+        _adapt(token.children or [])

@@ -209,8 +209,11 @@ class Repl:
         return f"context {self._used_tokens:,}/{limit:,} tokens · /help"
 
     def _say(self, text: str) -> None:
-        self._err.print(neutralise(text), style="dim", markup=False, emoji=False, soft_wrap=True)
+        self._tell(text, "dim")
 
     def _complain(self, error: LmtoolError) -> None:
-        message = f"error: {error}"
-        self._err.print(neutralise(" ".join(message.split())), style="red", markup=False, emoji=False, soft_wrap=True)
+        self._tell(" ".join(f"error: {error}".split()), "red")
+
+    def _tell(self, text: str, style: str) -> None:
+        wrap = self._err.is_terminal  # at words; a file gets the line as it is
+        self._err.print(neutralise(text), style=style, markup=False, emoji=False, soft_wrap=not wrap)

@@ -1,16 +1,18 @@
 """The rows at the bottom of a terminal that may still change, redrawn without flicker.
 
-Only rows that differ are written, in one piece. Everything that reaches the terminal is neutralised here, after
-Markdown has been understood, because Markdown itself can produce control characters (``<http://x/%1b[2J>``).
+Only rows that differ are written, in one piece. Control characters that are left in a renderable do not get through.
 Does not know what the rows mean.
 """
+
+import re
 
 from rich.console import Console, RenderableType
 from rich.segment import Segment, Segments
 
-from lmtool.chat.escape import neutralise
+from lmtool.chat.escape import without_controls
 
 _BEGIN, _END = "\x1b[?2026h", "\x1b[?2026l"  # synchronized update; terminals without it ignore it
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _ERASE_LINE, _ERASE_BELOW = "\x1b[K", "\x1b[J"
 
 
@@ -27,9 +29,12 @@ def rows(console: Console, renderable: RenderableType) -> list[str]:
 
 
 def _row(console: Console, line: list[Segment]) -> str:
-    safe = [Segment(neutralise(text), style) for text, style, control in line if not control]
-    while safe and not safe[-1].text.strip(" ") and not _has_background(safe[-1]):
-        safe.pop()  # padding is nothing to copy
+    safe = [Segment(without_controls(text), style) for text, style, control in line if not control]
+    while safe and not _has_background(safe[-1]):  # padding is nothing to copy
+        text, style, _ = safe.pop()
+        if text.rstrip(" "):
+            safe.append(Segment(text.rstrip(" "), style))
+            break
     with console.capture() as capture:
         console.print(Segments(safe), end="", soft_wrap=True)
     return capture.get()
@@ -45,17 +50,26 @@ class LiveRegion:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._rows: list[str] = []
+        self._rows: list[str] = []  # what stands on the screen and can be reached
+        self._gone: list[str] = []  # what has left it at the top
         self._width = console.width
 
     def draw(self, rows: list[str]) -> None:
-        """Show these rows instead of the last ones; of more than fit, the last ones."""
-        self._write(rows[-max(self._console.height - 1, 1) :])
+        """Show these rows instead of the last ones. Of more than fit, the first scroll away, as text does."""
+        height = max(self._console.height - 1, 1)
+        if not _same_text(rows[: len(self._gone)], self._gone):  # such as a table that got wider: only its end
+            self._write(rows[-height:])
+            return
+        self._write(rows[len(self._gone) :])
+        self._gone += self._rows[:-height]
+        self._rows = self._rows[-height:]
 
     def commit(self, rows: list[str]) -> None:
-        """Show these rows, all of them, for good."""
-        self._write(rows)
-        if rows:
+        """Show these rows for good: all of them, once, unless the first ones changed after they scrolled away."""
+        gone, self._gone = self._gone, []
+        begun = _same_text(rows[: len(gone)], gone)
+        self._write(rows[len(gone) :] if begun else rows)
+        if self._rows:
             self._emit("\n")
         self._rows = []
 
@@ -69,12 +83,21 @@ class LiveRegion:
             same += 1
         if same == len(old) == len(rows):
             return
+        if len(rows) < len(old):  # the cursor must come to the end of the last row: write that again
+            same = min(same, max(len(rows) - 1, 0))
         self._emit(prefix + _move(len(old), same) + _change(rows[same:], shrunk=len(rows) < len(old)))
         self._rows = rows
 
     def _emit(self, text: str) -> None:
         self._console.file.write(f"{_BEGIN}{text}{_END}")
         self._console.file.flush()
+
+
+def _same_text(some: list[str], others: list[str]) -> bool:
+    """Colours aside: those of code may change while a string is still open."""
+    return len(some) == len(others) and all(
+        _COLOUR.sub("", a) == _COLOUR.sub("", b) for a, b in zip(some, others, strict=True)
+    )
 
 
 def _move(num_rows: int, to: int) -> str:

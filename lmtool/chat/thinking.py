@@ -46,12 +46,14 @@ class ThinkSplitter:
     def _begin(self) -> None:
         text = self._pending.lstrip()
         if text.startswith(OPEN):
-            self._pending = text.removeprefix(OPEN).lstrip("\n")
+            self._pending = text.removeprefix(OPEN)
             self._state = "thought"
         elif text and not OPEN.startswith(text):
             self._state = "answer"
 
     def _think(self) -> Iterator[tuple[bool, str]]:
+        if self.num_chars == 0:
+            self._pending = self._pending.lstrip("\n")
         end = self._pending.find(CLOSE)
         closed = end >= 0
         if not closed:

@@ -1,0 +1,105 @@
+"""A real pseudo-terminal with a screen that can be read: pexpect runs the program, pyte understands what it draws."""
+
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pexpect
+import pyte
+
+REPO = Path(__file__).parents[2]
+ENTER, ALT_ENTER, TAB, UP = "\r", "\x1b\r", "\t", "\x1b[A"
+SHIFT_ENTER = "\x1b[13;2u"
+CTRL_C, CTRL_D = "\x03", "\x04"
+TIMEOUT_S = 20
+
+
+class _Screen(pyte.HistoryScreen):
+    """Answers the terminal's questions (where is the cursor?) as a terminal would."""
+
+    reply: Any = None
+
+    def write_process_input(self, data: str) -> None:
+        self.reply(data)
+
+
+class Terminal:
+    def __init__(self, *command: str, columns: int = 80, rows: int = 30, **environment: str) -> None:
+        self.raw = ""
+        self._screen = _Screen(columns, rows, history=10_000, ratio=0.5)
+        self._stream = pyte.Stream(self._screen)
+        unset = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES")
+        inherited = {name: value for name, value in os.environ.items() if name not in unset}
+        self.child = pexpect.spawn(
+            sys.executable,
+            list(command),
+            dimensions=(rows, columns),
+            cwd=str(REPO),
+            env={**inherited, "TERM": "xterm-256color", "COLORTERM": "", **environment},
+            encoding="utf-8",
+            timeout=TIMEOUT_S,
+        )
+        self.child.delaybeforesend = None
+        self._screen.reply = self.child.send
+
+    def send(self, *keys: str) -> None:
+        for key in keys:
+            self.child.send(key)
+
+    def paste(self, text: str) -> None:
+        self.send(f"\x1b[200~{text}\x1b[201~")
+
+    @property
+    def text(self) -> str:
+        """Everything that was on the screen, what has scrolled away first."""
+        gone = ["".join(line[x].data for x in range(self._screen.columns)) for line in self._screen.history.top]
+        return "\n".join(line.rstrip() for line in [*gone, *self._screen.display])
+
+    @property
+    def display(self) -> str:
+        """What is on the screen now."""
+        return "\n".join(line.rstrip() for line in self._screen.display)
+
+    def wait(self, pattern: str, *, on_screen: bool = True) -> str:
+        """Until the regular expression is found in the text (or in the raw bytes); fails showing the screen."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while not re.search(pattern, self.text if on_screen else self.raw, re.MULTILINE):
+            if not self._read(deadline):
+                raise AssertionError(f"never saw {pattern!r}; the screen was:\n{self.text.strip()}")
+        return self.text
+
+    def ask(self, question: str, pattern: str) -> str:
+        """Type a line, wait for what it brings, and for the prompt behind it."""
+        self.send(question, ENTER)
+        self.wait(pattern)
+        return self.prompt()
+
+    def prompt(self) -> str:
+        """Until an empty prompt is there."""
+        return self.wait(r"^>\s*$(?![\s\S]*^> \S)")
+
+    def end(self) -> int:
+        """Until the program has ended; its exit code."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while self._read(deadline):
+            pass
+        self.child.close()
+        return self.child.exitstatus if self.child.exitstatus is not None else -self.child.signalstatus
+
+    def _read(self, deadline: float) -> bool:
+        try:
+            data = self.child.read_nonblocking(65536, timeout=max(deadline - time.monotonic(), 0.01))
+        except (pexpect.EOF, pexpect.TIMEOUT):
+            return False
+        self.raw += data
+        self._stream.feed(data)
+        return True
+
+
+def fake_chat(*flags: str, **settings: Any) -> Terminal:
+    terminal = Terminal(str(Path(__file__).parent / "fake_chat.py"), *flags, PYTHONPATH=str(REPO), **settings)
+    terminal.prompt()
+    return terminal

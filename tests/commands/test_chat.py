@@ -1,0 +1,85 @@
+"""`lmtool chat` with the real model, where it is installed: what scripts rely on."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lmtool.checkpoint.hub import SHORT_NAMES
+from lmtool.commands.options import DEFAULT_MODEL
+from tests.chat.terminal import CTRL_D, ENTER, Terminal
+
+pytestmark = pytest.mark.skipif(
+    SHORT_NAMES[DEFAULT_MODEL].installed_file() is None, reason="the default model is not installed"
+)
+QUESTION = "What is the capital of France?"
+
+
+def _chat(*flags: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "lmtool", "chat", *flags], input=stdin, capture_output=True, text=True)
+
+
+def test_a_piped_question_gives_only_the_answer() -> None:
+    done = _chat("--temperature", "0", stdin=QUESTION)
+    assert done.returncode == 0
+    assert "Paris" in done.stdout
+    assert done.stderr == ""
+
+
+def test_json_with_the_course_s_spelling_of_the_engine() -> None:
+    done = _chat("turbomind", DEFAULT_MODEL, "--json", "--temperature", "0", "--max_new_tokens", "3", stdin=QUESTION)
+    data = json.loads(done.stdout)
+    assert data["finish_reason"] == "length"
+    assert data["num_generated_tokens"] == 3
+    assert data["num_prompt_tokens"] > 10
+    assert 0 < data["time_to_first_token_s"] <= data["duration_s"]
+    assert done.stderr == "lmtool: turbomind is taken as lmtool's own engine; there is one\n"
+
+
+def test_show_prompt_is_the_template_and_needs_no_engine() -> None:
+    done = _chat("--show-prompt", "--system", "Be brief.", "--prompt", "hello", stdin="and more")
+    assert done.returncode == 0
+    assert done.stdout == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhello\n\nand more<|im_end|>\n"
+        "<|im_start|>assistant\n\n"
+    )
+    assert re.fullmatch(r"lmtool: \d+ tokens\n", done.stderr)
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    command = f"{sys.executable} -m lmtool chat --temperature 0 --max-new-tokens 40 | head -c 5"
+    done = subprocess.run(["/bin/sh", "-c", command], input=QUESTION, capture_output=True, text=True)
+    assert (len(done.stdout), done.stderr) == (5, "")
+
+
+@pytest.fixture
+def terminal(tmp_path: Path) -> Iterator[Terminal]:
+    terminal = Terminal("-m", "lmtool", "chat", "--temperature", "0", XDG_STATE_HOME=str(tmp_path))
+    terminal.prompt()
+    yield terminal
+    terminal.child.close(force=True)
+
+
+def test_a_conversation_on_a_terminal(terminal: Terminal, tmp_path: Path) -> None:
+    assert "loaded in" in terminal.text
+    terminal.ask(QUESTION, "Paris")
+    terminal.ask("And of Italy?", "Rome")
+    terminal.ask("/stats", "total       2 answers")
+    terminal.wait(r"context [1-9][\d,]*/[\d,]+ tokens")
+    terminal.send(CTRL_D)
+    assert terminal.end() == 0
+    assert QUESTION in (tmp_path / "lmtool" / "chat_history").read_text()
+
+
+def test_ctrl_c_stops_a_real_answer(terminal: Terminal) -> None:
+    terminal.send("Write a very long story about a dragon.", ENTER)
+    terminal.wait(r"dragon\.\n+.*\w+ \w+ \w+")
+    terminal.send("\x03")
+    terminal.wait("stopped; what there is is kept")
+    terminal.prompt()
+    terminal.send("exit", ENTER)
+    assert terminal.end() == 0
