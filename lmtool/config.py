@@ -71,7 +71,7 @@ class GenerationConfig:
     """How one answer is generated.
 
     max_new_tokens       None: up to the end of the context
-    temperature          0: greedy
+    temperature          0: greedy, the default where the checkpoint recommends nothing
     top_k                0: off
     top_p, min_p         1 and 0: off
     repetition_penalty   1: off (over prompt and answer, as in the CTRL paper)
@@ -86,7 +86,7 @@ class GenerationConfig:
 
     max_new_tokens: int | None = None
     min_new_tokens: int = 0
-    temperature: float = 0.8
+    temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
