@@ -4,13 +4,14 @@ Knows neither terminal nor rendering. The only file of this room that may import
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lmtool.config import GenerationConfig
 
 if TYPE_CHECKING:
     from lmtool.engine.pipeline import Pipeline
+    from lmtool.engine.sequence import TokenLogprob
 
 Message = dict[str, Any]  # {"role": "system" | "user" | "assistant", "content": str}
 
@@ -21,6 +22,8 @@ class Delta:
 
     finish_reason: 'stop' (end of turn or stop text), 'length' (max_new_tokens), 'context' (the context is full),
     'abort' (the user stopped it).
+    logprobs: where asked for, one ``{"token_id", "token", "logprob", "top": [...]}`` for each token; ``top`` holds the
+    likeliest tokens in the same form.
     """
 
     text: str
@@ -31,7 +34,7 @@ class Delta:
     num_generated_tokens: int = 0
     time_to_first_token_s: float | None = None
     duration_s: float | None = None
-    logprobs: list[Any] = field(default_factory=list)
+    logprobs: tuple[dict[str, Any], ...] = ()
 
 
 class Backend(Protocol):
@@ -92,8 +95,15 @@ class LocalBackend:
                 num_generated_tokens=part.num_generated_tokens,
                 time_to_first_token_s=part.time_to_first_token_s,
                 duration_s=part.duration_s,
-                logprobs=part.logprobs or [],
+                logprobs=tuple(self._plain(chosen) for chosen in part.logprobs or ()),
             )
+
+    def _plain(self, chosen: "TokenLogprob") -> dict[str, Any]:
+        def entry(token_id: int, logprob: float) -> dict[str, Any]:
+            return {"token_id": token_id, "token": self._pipe.tokenizer.token_text(token_id), "logprob": logprob}
+
+        top = [entry(token_id, logprob) for token_id, logprob in chosen.top]
+        return {**entry(chosen.token_id, chosen.logprob), "top": top}
 
     def count_tokens(self, messages: Sequence[Message]) -> int:
         return len(self._pipe.tokenizer.chat_ids(list(messages)))

@@ -89,7 +89,7 @@ def _help(chat: Chat, _: str) -> Next:
 def _system(chat: Chat, text: str) -> Next:
     if text:
         chat.session.system = None if text.lower() == "none" else text
-    chat.say(f"system prompt: {chat.session.system or 'none'}")
+    chat.say(f"system prompt: {chat.session.system or 'none given; the template may bring its own'}")
     return None
 
 
@@ -118,8 +118,7 @@ def _show(chat: Chat, what: str) -> Next:
     if what:
         raise InputError(f"/show does not know {what!r}", "type /show or /show prompt")
     chat.say(chat.backend.description)
-    turns = len(chat.session.turns)
-    chat.say(f"{turns} turns, {chat.count_tokens():,} of {chat.backend.session_len:,} tokens")
+    chat.say(f"{_turns(chat)}, {chat.count_tokens():,} of {chat.backend.session_len:,} tokens")
     _system(chat, "")
     _say_settings(chat)
     return None
@@ -134,7 +133,7 @@ def _file(text: str, name: str) -> Path:
 def _save(chat: Chat, text: str) -> Next:
     path = _file(text, "save")
     chat.session.save(path, model=chat.backend.description)
-    chat.say(f"saved {len(chat.session.turns)} turns to {path}")
+    chat.say(f"saved {_turns(chat)} to {path}")
     return None
 
 
@@ -142,7 +141,7 @@ def _load(chat: Chat, text: str) -> Next:
     path = _file(text, "load")
     chat.session = Session.load(path)
     last = f", the last: {_shorten(chat.session.turns[-1].user)}" if chat.session.turns else ""
-    chat.say(f"loaded {len(chat.session.turns)} turns from {path}{last}")
+    chat.say(f"loaded {_turns(chat)} from {path}{last}")
     return None
 
 
@@ -168,6 +167,11 @@ def _stats(chat: Chat, _: str) -> Next:
     for line in [*chat.last.lines(), chat.totals.line()]:
         chat.say(line)
     return None
+
+
+def _turns(chat: Chat) -> str:
+    number = len(chat.session.turns)
+    return "1 turn" if number == 1 else f"{number} turns"
 
 
 def _shorten(text: str, width: int = 60) -> str:

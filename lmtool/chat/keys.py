@@ -9,7 +9,7 @@ from prompt_toolkit.buffer import Buffer
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.filters import Condition
-from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.history import FileHistory, InMemoryHistory
 from prompt_toolkit.input.ansi_escape_sequences import ANSI_SEQUENCES
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.keys import Keys
@@ -38,7 +38,7 @@ class Reader:
             multiline=True,
             prompt_continuation=_CONTINUATION,
             key_bindings=_bindings(double_enter=double_enter),
-            history=_history(history),
+            history=InMemoryHistory() if history is None else FileHistory(str(history)),
             completer=_SlashCompleter(),
             complete_while_typing=Condition(lambda: _is_slash(get_app().current_buffer.text)),
             reserve_space_for_menu=6,
@@ -58,14 +58,6 @@ class Reader:
             return asker.prompt(f"{question} [y/N] ").strip().lower() in ("y", "yes")
         except EOFError:
             return False
-
-
-def _history(path: Path | None) -> History:
-    if path is None:
-        return InMemoryHistory()
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path.touch(mode=0o600)  # what people ask a model is their own business
-    return FileHistory(str(path))
 
 
 def _is_slash(text: str) -> bool:

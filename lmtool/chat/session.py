@@ -82,12 +82,6 @@ class Session:
         return cls(system, [_turn(path, index, turn) for index, turn in enumerate(turns or [])])
 
 
-def default_history() -> Path:
-    """Where typed lines are kept across runs."""
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(state) / "lmtool" / "chat_history"
-
-
 def _turn(path: Path, index: int, data: object) -> Turn:
     where = f"turns[{index}]"
     if not isinstance(data, dict):

@@ -187,9 +187,9 @@ def _talk(
 
 
 def _history_file(history: bool, path: Path | None) -> Path | None:
-    from lmtool.chat.session import default_history
+    from lmtool.chat.history import default_history, prepare_history
 
-    return (path or default_history()) if history else None
+    return prepare_history(path or default_history()) if history else None
 
 
 def _answer(

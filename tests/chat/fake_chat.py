@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lmtool.chat import repl
 from lmtool.chat.backend import Delta, Message
+from lmtool.chat.history import prepare_history
 from lmtool.chat.session import Session
 from lmtool.chat.settings import Settings
 from lmtool.config import GenerationConfig
@@ -106,7 +107,9 @@ def main() -> int:
     parser.add_argument("--session-len", type=int, default=1000)
     parser.add_argument("--no-markdown", action="store_true")
     given = parser.parse_args()
-    options = repl.ReplOptions(history=given.history, double_enter=given.double_enter)
+    options = repl.ReplOptions(
+        history=given.history and prepare_history(given.history), double_enter=given.double_enter
+    )
     settings = Settings(GenerationConfig(), markdown=not given.no_markdown)
     return repl.run(FakeBackend(given.session_len), Session(), settings, options)
 

@@ -81,7 +81,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_turn(chat: Terminal, tmp_path: Pa
     chat.wait("stopped; what there is is kept")
     chat.prompt()
     saved = tmp_path / "chat.json"
-    chat.ask(f"/save {saved}", "saved 1 turns")
+    chat.ask(f"/save {saved}", "saved 1 turn")
     (turn,) = json.loads(saved.read_text())["turns"]
     assert turn["partial"] is True
     assert turn["assistant"].startswith("word0 word1 ")
@@ -136,7 +136,7 @@ def test_help_lists_every_command(chat: Terminal) -> None:
 def test_regen_and_undo(chat: Terminal) -> None:
     chat.ask("hello", "answer 1 to 'hello'")
     chat.ask("/regen", "answer 2 to 'hello'")
-    chat.ask("/show", "1 turns")
+    chat.ask("/show", "1 turn,")
     chat.ask("/undo", "took back: hello")
     chat.ask("/undo", "error: there is no turn to take back; ask something first")
 
@@ -151,9 +151,9 @@ def test_save_and_load_in_another_run(chat: Terminal, tmp_path: Path) -> None:
     saved = tmp_path / "my chat.json"
     chat.ask("/system be brief", "system prompt: be brief")
     chat.ask("hello", "answer 1")
-    chat.ask(f"/save {saved}", "saved 1 turns")
+    chat.ask(f"/save {saved}", "saved 1 turn")
     again = fake_chat()
-    again.ask(f"/load {saved}", r"loaded 1 turns[\s\S]*the\s+last: hello")
+    again.ask(f"/load {saved}", r"loaded 1 turn[\s\S]*the\s+last: hello")
     again.ask("/show", "system prompt: be brief")
     again.ask("/load /etc/hosts", "error: /etc/hosts is not a saved chat")
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -38,6 +39,34 @@ def test_json_with_the_course_s_spelling_of_the_engine() -> None:
     assert data["num_prompt_tokens"] > 10
     assert 0 < data["time_to_first_token_s"] <= data["duration_s"]
     assert done.stderr == "lmtool: turbomind is taken as lmtool's own engine; there is one\n"
+
+
+def test_logprobs_are_in_the_json() -> None:
+    done = _chat("--json", "--logprobs", "2", "--temperature", "0", "--max-new-tokens", "2", stdin=QUESTION)
+    first, second = json.loads(done.stdout)["logprobs"]
+    assert set(first) == set(second) == {"token_id", "token", "logprob", "top"}
+    assert [entry["logprob"] for entry in first["top"]] == sorted((e["logprob"] for e in first["top"]), reverse=True)
+    assert first["top"][0]["token"] == first["token"]  # greedy
+
+
+def test_ctrl_c_ends_one_answer_with_130() -> None:
+    command = [sys.executable, "-m", "lmtool", "chat", "--prompt", "Write a long story.", "--temperature", "0"]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        child.stdout.read(10)
+        child.send_signal(signal.SIGINT)
+        assert child.wait(60) == 130
+        assert child.stderr.read() == b""
+
+
+@pytest.mark.parametrize("flags", [(), ("--prompt", "x")])
+def test_a_history_that_cannot_be_kept_is_said_before_loading(flags: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "lmtool").write_text("a file where a folder should be")
+    terminal = Terminal("-m", "lmtool", "chat", "no-such-model", *flags, XDG_STATE_HOME=str(tmp_path))
+    assert terminal.end() == 2
+    wanted = "'no-such-model' is no folder" if flags else "cannot keep the history in"
+    assert wanted in " ".join(terminal.text.split())
 
 
 def test_show_prompt_is_the_template_and_needs_no_engine() -> None:
@@ -77,7 +106,7 @@ def test_a_conversation_on_a_terminal(terminal: Terminal, tmp_path: Path) -> Non
 
 def test_ctrl_c_stops_a_real_answer(terminal: Terminal) -> None:
     terminal.send("Write a very long story about a dragon.", ENTER)
-    terminal.wait(r"dragon\.\n+.*\w+ \w+ \w+")
+    terminal.wait(r"dragon\.\n(?!reading).*\w+ \w+ \w+ \w+")
     terminal.send("\x03")
     terminal.wait("stopped; what there is is kept")
     terminal.prompt()

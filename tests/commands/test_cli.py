@@ -64,6 +64,7 @@ def test_both_spellings_of_a_command_and_of_a_flag(capsys: pytest.CaptureFixture
         ("chat --logprobs 2 --prompt x", "--logprobs has nowhere to go; give --json"),
         ("chat --backend cuda", "--backend is 'cuda'"),
         ("chat", "the prompt is empty"),
+        ("chat --logprobs 99 --json --prompt x", "--logprobs is 99; give 0 to 20"),
         ("chat no-such-model --prompt x", "'no-such-model' is no folder"),
     ],
 )
