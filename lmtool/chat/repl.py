@@ -13,6 +13,7 @@ from lmtool.chat.escape import neutralise
 from lmtool.chat.keys import Reader
 from lmtool.chat.pump import Pump, StopOnInterrupt
 from lmtool.chat.render import REFRESH_S, AnswerPrinter, answer_view
+from lmtool.chat.screen import without_echo
 from lmtool.chat.session import Session, Turn
 from lmtool.chat.settings import Settings
 from lmtool.chat.stats import TurnStats
@@ -165,7 +166,7 @@ class Repl:
         text, last, first_s = "", Delta(text=""), None
         printer = self._printer(messages)
         waiting = f"reading {chat.backend.count_tokens(messages):,} tokens …"
-        with StopOnInterrupt(pump):
+        with StopOnInterrupt(pump), without_echo():
             try:
                 for delta in pump.deltas(REFRESH_S):
                     if delta is None:

@@ -5,6 +5,10 @@ Does not know what the rows mean.
 """
 
 import re
+import sys
+import termios
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console, RenderableType
 from rich.segment import Segment, Segments
@@ -14,6 +18,23 @@ from lmtool.chat.escape import without_controls
 _BEGIN, _END = "\x1b[?2026h", "\x1b[?2026l"  # synchronized update; terminals without it ignore it
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _ERASE_LINE, _ERASE_BELOW = "\x1b[K", "\x1b[J"
+
+
+@contextmanager
+def without_echo() -> Iterator[None]:
+    """What is typed meanwhile is not shown in the middle of what is drawn (``^C``); the next prompt gets it."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    descriptor = sys.stdin.fileno()
+    before = termios.tcgetattr(descriptor)
+    quiet = termios.tcgetattr(descriptor)
+    quiet[3] &= ~termios.ECHO
+    termios.tcsetattr(descriptor, termios.TCSADRAIN, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
 
 
 def rows(console: Console, renderable: RenderableType) -> list[str]:

@@ -4,6 +4,7 @@ What the question contains decides the answer; a word is a token. `endless` stre
 """
 
 import argparse
+import itertools
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -82,12 +83,11 @@ class FakeBackend:
         self._seen.update(message["content"] for message in messages)
 
     def _pieces(self, question: str, config: GenerationConfig) -> Iterator[str]:
-        if "endless" in question:
-            number = 0
-            while True:  # the pace of a model, not a wait for anything
+        if "endless" in question or "slow" in question:
+            for number in itertools.count() if "endless" in question else range(100):
                 yield f"word{number} "
-                number += 1
-                time.sleep(0.005)
+                time.sleep(0.005)  # the pace of a model, not a wait for anything
+            return
         for key, answer in ANSWERS.items():
             if key in question:
                 yield from (answer[i : i + 3] for i in range(0, len(answer), 3))

@@ -88,6 +88,24 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_turn(chat: Terminal, tmp_path: Pa
     chat.ask("hello", r"answer 2 to 'hello'")
 
 
+def test_what_is_typed_during_an_answer_is_not_drawn_into_it(chat: Terminal) -> None:
+    chat.send("endless", ENTER)
+    chat.wait("word9 ")
+    chat.send("zzz")
+    chat.wait("word50 ")
+    chat.send(CTRL_C)
+    chat.wait("stopped; what there is is kept")
+    assert "zzz" not in chat.text
+    assert "^C" not in chat.text
+
+
+def test_what_is_typed_during_an_answer_is_in_the_next_prompt(chat: Terminal) -> None:
+    chat.send("slow", ENTER)
+    chat.wait("word9 ")
+    chat.send("next question", ENTER)
+    chat.wait("answer 2 to 'next question'")
+
+
 def test_ctrl_c_again_after_stopping_leaves_with_130(chat: Terminal) -> None:
     chat.send("endless", ENTER)
     chat.wait("word9 ")

@@ -98,6 +98,11 @@ class _Failing:
             1,
             "lmtool: error: ZeroDivisionError: oops; run with -v for the traceback\n",
         ),
+        (
+            ModuleNotFoundError("No module named 'gguf'", name="gguf"),
+            2,
+            "lmtool: error: gguf is not installed; `lmtool check_env` says what to install\n",
+        ),
         (KeyboardInterrupt(), 130, ""),
     ],
 )
