@@ -147,6 +147,8 @@ def _load(chat: Chat, text: str) -> Next:
 
 def _regen(chat: Chat, _: str) -> Next:
     turn = chat.session.undo()
+    if chat.settings.generation.temperature == 0:
+        chat.say("at temperature 0 the answer is the same again; /set temperature 0.7 varies it")
     return Ask(turn.user, replaced=turn)
 
 

@@ -4,14 +4,11 @@ Works where packages are missing or broken: that is when it is needed.
 """
 
 import os
-import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
 
@@ -64,6 +61,8 @@ def check_env(json: Annotated[bool, typer.Option("--json", help="The same as one
 
 
 def _facts() -> dict[str, str]:
+    import platform
+
     facts = {
         "lmtool": __version__,
         "python": f"{platform.python_version()} ({sys.executable})",
@@ -143,6 +142,8 @@ def _default_model_verdict() -> Verdict:
 
 
 def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version(package)
     except PackageNotFoundError:
@@ -159,6 +160,8 @@ def _memory() -> str:
 
 
 def _driver() -> str | None:
+    import subprocess
+
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]

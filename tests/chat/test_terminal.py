@@ -153,7 +153,10 @@ def test_help_lists_every_command(chat: Terminal) -> None:
 
 def test_regen_and_undo(chat: Terminal) -> None:
     chat.ask("hello", "answer 1 to 'hello'")
-    chat.ask("/regen", "answer 2 to 'hello'")
+    chat.ask("/regen", r"at temperature 0 the answer is the same[\s\S]*answer 2 to 'hello'")
+    chat.ask("/set temperature 0.7", r"temperature +0\.7")
+    chat.ask("/regen", "answer 3 to 'hello'")
+    assert chat.text.count("the answer is the same") == 1
     chat.ask("/show", "1 turn,")
     chat.ask("/undo", "took back: hello")
     chat.ask("/undo", "error: there is no turn to take back; ask something first")
