@@ -171,11 +171,15 @@ class Pipeline:
     def stream_infer(self, prompts: Any, gen_config: GenerationConfig | None = None) -> Iterator[Response]:
         """Yield pieces of the answers as they come (``index`` says whose). Closing the iterator ends the requests."""
         config = gen_config or self._default_config()
+        return self.stream([self._request(prompt, config) for prompt in _as_prompts(prompts)])
+
+    def stream(self, requests: Sequence[Request]) -> Iterator[Response]:
+        """As `stream_infer`, for requests that `request` made of token ids."""
         outputs: queue.SimpleQueue[TokenOutput] = queue.SimpleQueue()
         started = time.perf_counter()
         answers = {
-            request.request_id: _Answer(index, request, self._detokenizer(config), started)
-            for index, request in enumerate(self._request(prompt, config) for prompt in _as_prompts(prompts))
+            request.request_id: _Answer(index, request, self._detokenizer(request.params), started)
+            for index, request in enumerate(requests)
         }
         try:
             for answer in answers.values():

@@ -143,6 +143,26 @@ def test_streamed_pieces_add_up_and_closing_ends_the_request(exact: Pipeline) ->
     assert not exact.loaded.core.has_work
 
 
+def test_the_course_snippets_run() -> None:
+    """P2 and P5 of the tutorial, as its readers type them (the model at hand, the format that it has)."""
+    from lmtool import TurbomindEngineConfig
+    from lmtool import turbomind as tm
+
+    backend_config = TurbomindEngineConfig(cache_max_entry_count=0.2, model_format="gguf", session_len=2048)
+    pipe = pipeline("smollm2-135m", backend_config=backend_config)
+    assert pipe.session_len == 2048
+    pipe.close()
+
+    tm_model = tm.TurboMind.from_pretrained("smollm2-135m", model_name="chatml")
+    generator = tm_model.create_instance()
+    input_ids = tm_model.tokenizer.encode(tm_model.model.get_prompt("What is the capital of France?"))
+    for outputs in generator.stream_infer(session_id=0, input_ids=[input_ids]):
+        res, tokens = outputs[0]
+    assert tokens == len(res)
+    assert tm_model.tokenizer.decode(res.tolist()) == "The capital of France is Paris."
+    tm_model.close()
+
+
 def test_a_stop_text_ends_the_answer_and_is_not_in_it(quick: Pipeline) -> None:
     config = GenerationConfig(temperature=0, max_new_tokens=40, stop=("France is",))
     response = quick("What is the capital of France?", config)

@@ -6,10 +6,9 @@ from torch.nn.functional import rms_norm as _torch_rms_norm
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    if x.numel() == weight.numel() and x.dtype == torch.float32 and x.device.type == "cpu":
-        # decoding one row: torch's own op costs 24 us on 2 cores, this 8, and there are two a layer
-        row = x.view(-1)
-        inverse = (float(torch.dot(row, row)) / weight.numel() + eps) ** -0.5
+    if x.shape[0] == 1 and x.ndim == 2 and x.dtype == torch.float32 and x.is_cpu:
+        # decoding one row: torch's own op costs 24 us on 2 cores, this 10, and there are two a layer
+        inverse = (float(torch.linalg.vector_norm(x)) ** 2 / x.shape[1] + eps) ** -0.5
         return (x * weight).mul_(inverse)
     if x.dtype == weight.dtype and x.dtype.itemsize == 4:
         return _torch_rms_norm(x, weight.shape, weight, eps)

@@ -32,6 +32,10 @@ def rope_store(
 
 def _store(cache: Tensor, slots: Tensor, new: Tensor) -> None:
     """new [T, Hkv, D] → cache [Hkv, NB, block_size, D] at ``slots``."""
+    if new.shape[0] == 1:  # decoding one row: an indexed copy costs three times as much
+        block, offset = divmod(int(slots), cache.shape[2])
+        cache[:, block, offset] = new[0]
+        return
     flat = cache.view(cache.shape[0], -1, cache.shape[-1])
     flat.index_copy_(1, slots, new.transpose(0, 1).to(cache.dtype))
 
