@@ -168,7 +168,9 @@ def _talk(
     history: Path | None,
 ) -> int:
     if find_spec("prompt_toolkit") is None:
-        raise InputError("prompt_toolkit is not installed", "pip install 'lmtool[chat]', or pipe the prompt in")
+        raise InputError(
+            "prompt_toolkit is not installed", "pip install '.[chat]' in lmtool's folder, or pipe the prompt in"
+        )
     from lmtool.chat import repl
     from lmtool.chat.backend import LocalBackend
     from lmtool.chat.session import Session

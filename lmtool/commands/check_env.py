@@ -81,20 +81,20 @@ def _facts() -> dict[str, str]:
 def _verdicts() -> Iterator[Verdict]:
     yield _needs("engine on the CPU", "lmtool", "torch", "transformers", "safetensors", "jinja2")
     yield _gpu_verdict()
-    yield _needs("chat on the terminal", "lmtool[chat]", "prompt_toolkit", "rich")
-    yield _needs("GGUF files", "lmtool[gguf]", "gguf")
-    yield _needs("tokenizers of InternLM and Qwen 1", "lmtool[tokenizers]", "sentencepiece", "tiktoken")
+    yield _needs("chat on the terminal", "chat", "prompt_toolkit", "rich")
+    yield _needs("GGUF files", "gguf", "gguf")
+    yield _needs("tokenizers of InternLM and Qwen 1", "tokenizers", "sentencepiece", "tiktoken")
     yield _needs("models from the hub", "lmtool", "huggingface_hub")
     yield _default_model_verdict()
-    yield _needs("pictures of benchmarks", "lmtool[bench]", "matplotlib")
+    yield _needs("pictures of benchmarks", "bench", "matplotlib")
 
 
-def _needs(capability: str, requirement: str, *packages: str) -> Verdict:
-    """Each package is really imported: an installed one may be broken."""
+def _needs(capability: str, extra: str, *packages: str) -> Verdict:
+    """``extra``: the optional part of pyproject.toml that brings the packages. Each package is really imported: an installed one may be broken."""
     problems = [f"{package} {problem}" for package in packages if (problem := _import_problem(package))]
     if not problems:
         return Verdict(capability, ", ".join(f"{package} {_version(package)}" for package in packages))
-    return Verdict(capability, ", ".join(problems), f"pip install '{requirement}'")
+    return Verdict(capability, ", ".join(problems), f"pip install '.[{extra}]' in lmtool's folder")
 
 
 def _import_problem(package: str) -> str | None:
@@ -110,7 +110,7 @@ def _import_problem(package: str) -> str | None:
 def _gpu_verdict() -> Verdict:
     name = "engine on a GPU"
     if _import_problem("torch"):
-        return Verdict(name, "torch cannot be imported", "pip install 'lmtool'")
+        return Verdict(name, "torch cannot be imported", "pip install . in lmtool's folder")
     import torch
 
     if torch.version.cuda is None:
@@ -124,7 +124,7 @@ def _gpu_verdict() -> Verdict:
         return Verdict(name, f"{gpus[0][0]} is older than Turing (sm_75)", "use --device cpu")
     problem = _import_problem("triton")
     if problem:
-        return Verdict(name, f"triton {problem}", "pip install 'lmtool[gpu]'")
+        return Verdict(name, f"triton {problem}", "pip install '.[gpu]' in lmtool's folder")
     return Verdict(name, f"{gpus[0][0]}, triton {_version('triton')}")
 
 

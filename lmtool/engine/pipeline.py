@@ -130,7 +130,7 @@ class Pipeline:
         """One line: model, device, how its weights are stored, context, load time."""
         loaded = self.loaded
         return (
-            f"{self.name} · {loaded.model.architecture} · {loaded.weights} on {loaded.device} · "
+            f"{self.name} · {loaded.weights} on {loaded.device} · "
             f"context {self.session_len} tokens · loaded in {loaded.load_s:.1f} s"
         )
 

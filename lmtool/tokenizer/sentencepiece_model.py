@@ -81,7 +81,8 @@ def _processor(model: bytes, source: Path) -> "SentencePieceProcessor":
         from sentencepiece import SentencePieceProcessor
     except ImportError as error:
         raise TokenizerError(
-            f"the tokenizer of {source} needs the package sentencepiece", "pip install 'lmtool[tokenizers]'"
+            f"the tokenizer of {source} needs the package sentencepiece",
+            "pip install '.[tokenizers]' in lmtool's folder",
         ) from error
     processor = SentencePieceProcessor()
     try:

@@ -58,7 +58,7 @@ def from_tiktoken_file(path: Path) -> TiktokenVocabulary:
         from tiktoken import Encoding
     except ImportError as error:
         raise TokenizerError(
-            f"the tokenizer of {path} needs the package tiktoken", "pip install 'lmtool[tokenizers]'"
+            f"the tokenizer of {path} needs the package tiktoken", "pip install '.[tokenizers]' in lmtool's folder"
         ) from error
     ranks: dict[bytes, int] = {}
     try:

@@ -38,8 +38,8 @@ def test_it_works_where_packages_are_missing_or_broken(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=Path(cli.__file__).parents[1])
     assert done.returncode == 0, done.stderr
     verdicts = {verdict["capability"]: verdict for verdict in json.loads(done.stdout)["verdicts"]}
-    assert verdicts["engine on the CPU"]["fix"] == "pip install 'lmtool'"
+    assert verdicts["engine on the CPU"]["fix"] == "pip install . in lmtool's folder"
     assert "torch is not installed" in verdicts["engine on the CPU"]["detail"]
-    assert verdicts["chat on the terminal"]["fix"] == "pip install 'lmtool[chat]'"
+    assert verdicts["chat on the terminal"]["fix"] == "pip install '.[chat]' in lmtool's folder"
     assert "cannot be imported (OSError: libbroken.so" in verdicts["GGUF files"]["detail"]
     assert verdicts["tokenizers of InternLM and Qwen 1"]["fix"] is None
