@@ -13,7 +13,9 @@ def paged(lengths, hkv, d, block_size, dtype, device):
     """K and V of sequences in scattered blocks → (k_cache, v_cache, block_tables, seq_lens); all else is NaN."""
     counts = [-(-length // block_size) for length in lengths]
     order = (torch.randperm(sum(counts)) + 1).tolist()  # block 0 belongs to no sequence
-    caches = [torch.full((hkv, sum(counts) + 1, block_size, d), torch.nan, dtype=dtype, device=device) for _ in range(2)]
+    caches = [
+        torch.full((hkv, sum(counts) + 1, block_size, d), torch.nan, dtype=dtype, device=device) for _ in range(2)
+    ]
     tables = torch.zeros(len(lengths), max(counts) + 2, dtype=torch.int32)
     for i, (length, count) in enumerate(zip(lengths, counts, strict=True)):
         blocks = [order.pop() for _ in range(count)]

@@ -15,6 +15,11 @@ SHAPES += [pytest.param(*shape, marks=pytest.mark.gpu) for shape in LARGE]
 EPS = 1e-5
 
 
+def loosen(k: int, *, roundings: int = 1) -> float:
+    """Longer sums in another order, and results rounded more often on one side than the other."""
+    return roundings * (1 + k / 4096)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "n", "k"), SHAPES)
 class TestAgainstReference:
@@ -22,7 +27,7 @@ class TestAgainstReference:
     def test_linear(self, rows, n, k, dtype, device, has_bias):
         x, weight = normal(rows, k, dtype=dtype, device=device), normal(n, k, dtype=dtype, device=device, scale=k**-0.5)
         bias = normal(n, dtype=dtype, device=device) if has_bias else None
-        assert_close(triton_linear.linear(x, weight, bias), reference.linear(x, weight, bias))
+        assert_close(triton_linear.linear(x, weight, bias), reference.linear(x, weight, bias), loosen=loosen(k))
 
     @pytest.mark.parametrize("has_bias", [False, True])
     def test_norm_linear(self, rows, n, k, dtype, device, has_bias):
@@ -30,14 +35,15 @@ class TestAgainstReference:
         norm_weight = normal(k, dtype=dtype, device=device, scale=k**-0.5)
         bias = normal(n, dtype=dtype, device=device) if has_bias else None
         arguments = (x, norm_weight, EPS, weight, bias)
-        assert_close(triton_linear.norm_linear(*arguments), reference.norm_linear(*arguments))
+        assert_close(triton_linear.norm_linear(*arguments), reference.norm_linear(*arguments), loosen=loosen(k))
 
     def test_norm_linear_silu(self, rows, n, k, dtype, device):
         x, weight = normal(rows, k, dtype=dtype, device=device, scale=3), normal(2 * n, k, dtype=dtype, device=device)
         norm_weight = normal(k, dtype=dtype, device=device, scale=k**-0.5)
         arguments = (x, norm_weight, EPS, weight)
-        # gate and up are both rounded before they meet: twice the error of one product
-        assert_close(triton_linear.norm_linear_silu(*arguments), reference.norm_linear_silu(*arguments), loosen=2)
+        # gate and up are both rounded before they meet
+        expected = reference.norm_linear_silu(*arguments)
+        assert_close(triton_linear.norm_linear_silu(*arguments), expected, loosen=loosen(k, roundings=2))
 
     @pytest.mark.parametrize("has_bias", [False, True])
     def test_add_linear_writes_in_place(self, rows, n, k, dtype, device, has_bias):
@@ -47,7 +53,7 @@ class TestAgainstReference:
         expected = reference.add_linear_(residual.clone(), x, weight, bias)
         returned = triton_linear.add_linear_(residual, x, weight, bias)
         assert returned.data_ptr() == residual.data_ptr()
-        assert_close(residual, expected)
+        assert_close(residual, expected, loosen=loosen(k, roundings=2))
 
 
 def test_no_rows(device):

@@ -9,7 +9,12 @@ from lmtool.kernels.triton import rotary as triton_rotary
 from tests.kernels.support import DTYPES, assert_close, normal
 
 # (tokens, q heads, kv heads, head dim, rotated dims): grouped heads, a head dim that is no power of two, part rotated
-SHAPES = [(1, 4, 2, 64, 64), (3, 9, 3, 80, 80), (5, 4, 4, 32, 16), pytest.param(300, 32, 8, 128, 128, marks=pytest.mark.gpu)]
+SHAPES = [
+    (1, 4, 2, 64, 64),
+    (3, 9, 3, 80, 80),
+    (5, 4, 4, 32, 16),
+    pytest.param(300, 32, 8, 128, 128, marks=pytest.mark.gpu),
+]
 
 
 @pytest.mark.parametrize("has_norm", [False, True])

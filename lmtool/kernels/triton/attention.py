@@ -32,8 +32,11 @@ def _plan_kernel(
     ALIGN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program. Pieces of C tokens: C = total / (W - B) is the shortest that always fits into W items."""
-    allow_next(PDL)
+    """One program. Pieces of C tokens: C = total / (W - B) is the shortest that always fits into W items.
+
+    It does not allow the next kernel to start early: whatever comes after may read the plan, and what the plan was
+    made from, before its own wait.
+    """
     wait_for_previous(PDL)
     o_b = tl.arange(0, BLOCK_B)
     m_b = o_b < batch_size
@@ -110,22 +113,34 @@ def _attend(
 
 
 @triton.jit
-def _combine(partial_ptr, top_ptr, first, count, o_row, m_row, o_d, mask, HQ, D, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The pieces of one sequence, in their order, merged by their log-sums: rows o_row of [W, HQ, D]."""
+def _combine(
+    partial_ptr, top_ptr, first, count, o_row, m_row, o_d, mask, HQ, D, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """The pieces of one sequence, in their order, weighted by their log-sums: rows o_row of [W, HQ, D].
+
+    All loads go past the first-level cache: other multiprocessors wrote what they read.
+    """
+    best = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    o_i = tl.arange(0, 32)
+    for i in range(0, count, 32):
+        m_top = m_row[:, None] & (i + o_i < count)[None, :]
+        o_top = (first + i + o_i)[None, :] * HQ + o_row[:, None]
+        tops = tl.load(top_ptr + o_top, mask=m_top, other=float("-inf"), cache_modifier=".cg")
+        best = tl.maximum(best, tl.max(tops, axis=1))
+    best = tl.where(m_row, best, 0.0)
     acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    top = tl.full([BLOCK_R], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
-    for i in range(0, count):
-        rows = (first + i).to(tl.int64) * HQ + o_row
-        # past the first-level cache: another multiprocessor wrote these
-        piece_top = tl.load(top_ptr + rows, mask=m_row, other=0.0, cache_modifier=".cg")
-        piece = tl.load(partial_ptr + rows[:, None] * D + o_d[None, :], mask=mask, other=0.0, cache_modifier=".cg")
-        new_top = tl.maximum(top, piece_top)
-        decay, weight = tl.exp2(top - new_top), tl.exp2(piece_top - new_top)
-        acc = acc * decay[:, None] + piece * weight[:, None]
-        total = total * decay + weight
-        top = new_top
-    return acc / total[:, None]
+    for i in range(0, count, 4):
+        for j in tl.static_range(4):  # loads of four pieces on their way at once
+            exists = tl.full([BLOCK_R], i + j, tl.int32) < count
+            rows = (first + i + j) * HQ + o_row
+            top = tl.load(top_ptr + rows, mask=m_row & exists, other=float("-inf"), cache_modifier=".cg")
+            o_partial = rows[:, None] * D + o_d[None, :]
+            piece = tl.load(partial_ptr + o_partial, mask=mask & exists[:, None], other=0.0, cache_modifier=".cg")
+            weight = tl.exp2(top - best)
+            acc += piece * weight[:, None]
+            total += weight
+    return acc / tl.where(m_row, total, 1.0)[:, None]
 
 
 @triton.jit(do_not_specialize=["tokens_per_head", "table_width", "window"])
@@ -157,12 +172,16 @@ def _decode_kernel(
 ):
     """Program (w, h): item w of the work list for key/value head h; the last of a sequence's pieces merges them all."""
     allow_next(PDL)
-    wait_for_previous(PDL)
     item, head = tl.program_id(0), tl.program_id(1)
+    # the plan was complete before the kernel before this one began: see _plan_kernel
     sequence = tl.load(items_ptr + 3 * item)
+    start, stop = tl.load(items_ptr + 3 * item + 1), tl.load(items_ptr + 3 * item + 2)
+    spans_ptr += 2 * tl.maximum(sequence, 0)
+    first, count = tl.load(spans_ptr), tl.load(spans_ptr + 1)
+    oldest = tl.where(window > 0, tl.load(seq_lens_ptr + tl.maximum(sequence, 0)) - window, 0)
+    wait_for_previous(PDL)
     if sequence < 0:
         return
-    start, stop = tl.load(items_ptr + 3 * item + 1), tl.load(items_ptr + 3 * item + 2)
     o_r, o_t, o_d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
     m_r = o_r < G
     mask = m_r[:, None] & (o_d < D)[None, :]
@@ -170,7 +189,6 @@ def _decode_kernel(
     q_rows = (sequence.to(tl.int64) * HKV * G + o_row)[:, None] * D + o_d[None, :]
     q = tl.load(q_ptr + q_rows, mask=mask, other=0.0)
     head_start = head.to(tl.int64) * tokens_per_head
-    oldest = tl.load(seq_lens_ptr + sequence) - window if window > 0 else 0
     acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     top = tl.full([BLOCK_R], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
@@ -185,7 +203,6 @@ def _decode_kernel(
         acc, top, total = _attend(q, k.to(q.dtype), v.to(q.dtype), seen, acc, top, total, scale_log2, MASKED=True)
     # a padded row has one piece without tokens: zero over one is the zero it must give
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
-    first, count = tl.load(spans_ptr + 2 * sequence), tl.load(spans_ptr + 2 * sequence + 1)
     if count == 1:
         tl.store(out_ptr + q_rows, acc.to(out_ptr.dtype.element_ty), mask=mask)
         return

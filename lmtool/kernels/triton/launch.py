@@ -28,6 +28,15 @@ def dependent_launch(device: torch.device) -> dict[str, Any]:
     return {"PDL": True, "launch_pdl": True} if arch(device) >= HOPPER else {"PDL": False}
 
 
+@cache
+def arrival_counters(device: torch.device) -> torch.Tensor:
+    """Zeros [65536] int32 with which the programs of one kernel count each other; every kernel leaves zeros behind.
+
+    One for a device: kernels that count run one after the other, on one stream.
+    """
+    return torch.zeros(65536, dtype=torch.int32, device=device)
+
+
 @triton.jit
 def allow_next(PDL: tl.constexpr):
     """The next kernel may begin once every program of this one has come here."""

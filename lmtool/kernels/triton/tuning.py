@@ -15,29 +15,66 @@ class RowConfig(NamedTuple):
 
 
 class TileConfig(NamedTuple):
-    """A few rows of x on the tensor cores; ``swap``: the weights are the left operand of the product."""
+    """A few rows of x on the tensor cores; ``swap``: the weights are the left operand of the product.
+
+    ``split``: how many programs share the in features of one tile.
+    """
 
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
-    swap: bool = False
-    prefetch: bool = True
+    swap: bool = True
+    split: int = 1
+
+
+# (out features, in features, paired) → measured on an H200, float16 (docs/log.md)
+_ROWS = {
+    (6144, 4096, False): RowConfig(4, 4096, 8),
+    (4096, 4096, False): RowConfig(2, 2048, 4),
+    (14336, 4096, True): RowConfig(2, 4096, 8),
+    (4096, 14336, False): RowConfig(2, 16384, 8),
+    (128256, 4096, False): RowConfig(4, 4096, 8),
+    (4096, 2048, False): RowConfig(2, 1024, 1),
+    (2048, 2048, False): RowConfig(4, 2048, 4),
+    (8192, 2048, True): RowConfig(4, 1024, 2),
+    (2048, 8192, False): RowConfig(2, 4096, 8),
+    (92544, 2048, False): RowConfig(4, 2048, 8),
+}
+_TILES = {
+    (14336, 4096, True): TileConfig(128, 128, 4, 3),
+    (8192, 2048, True): TileConfig(64, 128, 4, 4),
+}
 
 
 def row_config(num_out: int, num_in: int, *, paired: bool) -> RowConfig:
-    """For M = 1. ``paired``: gate and up rows in one program, so half as many of each."""
-    return RowConfig(2 if paired else 4, min(2048, _power_of_two(num_in)), 4)
+    """For one row. ``paired``: gate and up rows in one program."""
+    found = _ROWS.get((num_out, num_in, paired))
+    if found is not None:
+        return found
+    block_k = min(4096, _power_of_two(num_in))
+    return RowConfig(2, block_k, 8 if block_k == 4096 else 4)
 
 
-def tile_config(num_rows: int, num_out: int, num_in: int, *, paired: bool) -> TileConfig:
-    """For 2 ≤ M ≤ max_rows."""
-    return TileConfig(16 if paired else 32, 128, 4, 4)
+def tile_config(num_rows: int, num_out: int, num_in: int, *, paired: bool, itemsize: int = 2) -> TileConfig:
+    """For 2 to max_rows rows."""
+    if itemsize == 4:
+        return TileConfig(32, 32, 4, 2, swap=False)
+    found = _TILES.get((num_out, num_in, paired))
+    if found is not None:
+        return found
+    if num_out >= 32768:
+        return TileConfig(128, 128, 4, 3)
+    if paired:
+        return TileConfig(64, 128, 4, 4)
+    # about one program for each multiprocessor, each with at least four steps
+    split = max(1, min(4, 128 // -(-num_out // 64), num_in // 512))
+    return TileConfig(64, 128, 4, 6, split=split)
 
 
 def max_rows(num_out: int, num_in: int) -> int:
-    """Above this many rows the library's matrix product is the faster one."""
-    return 16
+    """Above this many rows the library's matrix product is the faster one (at 64 it is, almost everywhere)."""
+    return 32
 
 
 class AttentionConfig(NamedTuple):
@@ -50,7 +87,7 @@ class AttentionConfig(NamedTuple):
 
 
 def decode_config(batch_size: int, head_dim: int) -> AttentionConfig:
-    return AttentionConfig(16, 64, 4, 3 if head_dim <= 128 else 2)
+    return AttentionConfig(16, 64, 4, 2)
 
 
 def prefill_config(num_rows: int, head_dim: int, itemsize: int) -> AttentionConfig:

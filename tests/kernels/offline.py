@@ -1,0 +1,136 @@
+"""Compiles every kernel for a card that is not there: `python -m tests.kernels.offline 80 90` prints JSON lines.
+
+The real launchers run on tensors of the meta device; each launch is compiled for the asked card instead of launched.
+Runs in a process of its own, without TRITON_INTERPRET (compiling and interpreting exclude each other).
+"""
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from lmtool.kernels.triton import activation, attention, launch, linear, norm, rotary, sampling
+
+_TYPES = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
+_OPTIONS = {"num_warps", "num_stages", "launch_pdl"}
+
+
+def compile_for(capability: int, function: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One launch → a compiled kernel, specialised as the launcher would (pointers and sizes divisible by 16)."""
+    options = {name: kwargs[name] for name in kwargs.keys() & _OPTIONS}
+    given = inspect.signature(function.fn).bind(*args, **{k: v for k, v in kwargs.items() if k not in _OPTIONS})
+    signature, constants, attributes = {}, {}, {}
+    for i, (parameter, (name, value)) in enumerate(zip(function.params, given.arguments.items(), strict=True)):
+        if parameter.is_constexpr:
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[name] = _TYPES[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32" if isinstance(value, int) else "fp32"
+    source = ASTSource(function, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers, stack (spills) and shared memory, as the toolkit inside the Triton wheel reports them."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    return {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text.stdout)}
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launch_linear(dtype: torch.dtype, rows: int, hidden: int, inner: int) -> None:
+    x, norm_weight = meta(rows, hidden, dtype=dtype), meta(hidden, dtype=dtype)
+    weight, bias = meta(hidden, hidden, dtype=dtype), meta(hidden, dtype=dtype)
+    linear.linear(x, weight, bias)
+    linear.norm_linear(x, norm_weight, 1e-5, weight)
+    linear.norm_linear_silu(x, norm_weight, 1e-5, meta(2 * inner, hidden, dtype=dtype))
+    linear.add_linear_(x, meta(rows, inner, dtype=dtype), meta(hidden, inner, dtype=dtype))
+
+
+def launch_attention(dtype: torch.dtype, heads: tuple[int, int, int], *, is_prefill: bool, window: int = 0) -> None:
+    hq, hkv, d = heads
+    cache, table = meta(hkv, 1000, 64, d, dtype=dtype), meta(4, 64, dtype=torch.int32)
+    lengths = meta(4, dtype=torch.int32)
+    if is_prefill:
+        bounds, q = meta(5, dtype=torch.int32), meta(512, hq, d, dtype=dtype)
+        attention.attention_prefill(q, cache, cache, table, bounds, lengths, 512, 0.1, window)
+    else:
+        plan = attention.plan_decode(lengths, hkv)
+        attention.attention_decode(meta(4, hq, d, dtype=dtype), cache, cache, table, lengths, 0.1, window, plan)
+
+
+def launch_rest(dtype: torch.dtype) -> None:
+    norm.rms_norm(meta(32, 4096, dtype=dtype), meta(4096, dtype=dtype), 1e-5)
+    activation.silu_mul(meta(32, 8192, dtype=dtype))
+    cache, qkv, cos_sin = (
+        meta(8, 100, 64, 128, dtype=dtype),
+        meta(4, 48 * 128, dtype=dtype),
+        meta(4, 128, dtype=torch.float32),
+    )
+    norm_weight, slots = meta(128, dtype=dtype), meta(4, dtype=torch.int64)
+    rotary.rope_store(qkv, cos_sin, slots, cache, cache)
+    rotary.rope_store(qkv, cos_sin, slots, cache, cache, norm_weight, norm_weight)
+    logits, numbers = meta(4, 128256, dtype=torch.float32), meta(4, dtype=torch.float32)
+    wide, narrow = meta(4, dtype=torch.int64), meta(4, dtype=torch.int32)
+    sampling.sample(logits, numbers, narrow, numbers, numbers, wide, wide)
+    seen, counts = meta(4, 128256, dtype=torch.bool), meta(4, 128256, dtype=torch.int32)
+    sampling.penalize_(logits, seen, counts, numbers, numbers, numbers)
+
+
+def launch_all(capability: int) -> None:
+    """The shapes of an 8B and a 1.8B model on Hopper; elsewhere one of each kernel."""
+    is_hopper = capability >= launch.HOPPER
+    for dtype in (torch.float16, torch.bfloat16) if is_hopper else (torch.float16,):
+        launch_rest(dtype)
+        launch_attention(dtype, (32, 8, 128), is_prefill=False)
+        launch_attention(dtype, (32, 8, 128), is_prefill=True)
+        launch_linear(dtype, 1, 4096, 14336)
+        launch_linear(dtype, 16, 4096, 14336)
+    if is_hopper:
+        for heads in ((14, 2, 64), (32, 32, 80), (32, 8, 96), (8, 1, 256)):
+            launch_attention(torch.float16, heads, is_prefill=False)
+            launch_attention(torch.float16, heads, is_prefill=True, window=1000)
+        for rows in (1, 4):
+            launch_linear(torch.float16, rows, 2048, 8192)
+
+
+def main(capabilities: list[int]) -> None:
+    def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        compiled = compile_for(capability, self, args, kwargs)
+        found = {"kernel": self.fn.__name__, "capability": capability, **resources(compiled.asm["cubin"])}
+        print(json.dumps(found), flush=True)
+
+    JITFunction.run = compile_instead
+    for capability in capabilities:
+        launch.arch = lambda device, capability=capability: capability
+        launch_all(capability)
+
+
+if __name__ == "__main__":
+    main([int(argument) for argument in sys.argv[1:]])
