@@ -79,22 +79,23 @@ def _facts() -> dict[str, str]:
 
 
 def _verdicts() -> Iterator[Verdict]:
-    yield _needs("engine on the CPU", "lmtool", "torch", "transformers", "safetensors", "jinja2")
+    yield _needs("engine on the CPU", "", "torch", "transformers", "safetensors", "jinja2")
     yield _gpu_verdict()
     yield _needs("chat on the terminal", "chat", "prompt_toolkit", "rich")
     yield _needs("GGUF files", "gguf", "gguf")
     yield _needs("tokenizers of InternLM and Qwen 1", "tokenizers", "sentencepiece", "tiktoken")
-    yield _needs("models from the hub", "lmtool", "huggingface_hub")
+    yield _needs("models from the hub", "", "huggingface_hub")
     yield _default_model_verdict()
     yield _needs("pictures of benchmarks", "bench", "matplotlib")
 
 
 def _needs(capability: str, extra: str, *packages: str) -> Verdict:
-    """``extra``: the optional part of pyproject.toml that brings the packages. Each package is really imported: an installed one may be broken."""
+    """Each package is really imported: an installed one may be broken. ``extra``: pyproject.toml's name for them."""
     problems = [f"{package} {problem}" for package in packages if (problem := _import_problem(package))]
     if not problems:
         return Verdict(capability, ", ".join(f"{package} {_version(package)}" for package in packages))
-    return Verdict(capability, ", ".join(problems), f"pip install '.[{extra}]' in lmtool's folder")
+    what = f"'.[{extra}]'" if extra else "."
+    return Verdict(capability, ", ".join(problems), f"pip install {what} in lmtool's folder")
 
 
 def _import_problem(package: str) -> str | None:
