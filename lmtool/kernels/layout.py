@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-# two programs for each multiprocessor of the largest card in use (H200: 132)
-_TARGET_PROGRAMS = 264
+# four programs for each multiprocessor of the largest card in use (H200: 132)
+_TARGET_PROGRAMS = 528
 # pieces start at multiples of this many tokens, so that no tile of keys is cut in two
 PIECE_ALIGN = 64
 
@@ -26,3 +26,12 @@ class DecodePlan(NamedTuple):
 def num_plan_items(batch_size: int, num_kv_heads: int) -> int:
     """W: the same for any lengths, so that one captured graph serves them all."""
     return batch_size + -(-_TARGET_PROGRAMS // num_kv_heads)
+
+
+def shortest_piece(longest: int) -> int:
+    """Tokens below which a piece of a sequence of ``longest`` tokens is not worth merging: 64·⌈√(longest / 64) / 3⌉.
+
+    Time is pieces · merge + longest / pieces · tile, and a tile of 64 takes about nine merges (docs/log.md).
+    """
+    blocks = -(-longest // PIECE_ALIGN)
+    return PIECE_ALIGN * (1 + sum(9 * n * n < blocks for n in range(1, 65)))

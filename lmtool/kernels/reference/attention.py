@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from lmtool.kernels.layout import PIECE_ALIGN, DecodePlan, num_plan_items
+from lmtool.kernels.layout import PIECE_ALIGN, DecodePlan, num_plan_items, shortest_piece
 
 
 def plan_decode(seq_lens: Tensor, num_kv_heads: int, window: int = 0) -> DecodePlan:
@@ -15,7 +15,8 @@ def plan_decode(seq_lens: Tensor, num_kv_heads: int, window: int = 0) -> DecodeP
     num_items = num_plan_items(len(stops), num_kv_heads)
     starts = [max(0, stop - window) // PIECE_ALIGN * PIECE_ALIGN if window else 0 for stop in stops]
     share = -(-(sum(stops) - sum(starts)) // (num_items - len(stops)))
-    piece = max(1, -(-share // PIECE_ALIGN)) * PIECE_ALIGN
+    longest = max(stop - start for start, stop in zip(starts, stops, strict=True))
+    piece = max(-(-share // PIECE_ALIGN) * PIECE_ALIGN, shortest_piece(longest))
     items: list[tuple[int, int, int]] = []
     spans: list[tuple[int, int]] = []
     for i, (start, stop) in enumerate(zip(starts, stops, strict=True)):

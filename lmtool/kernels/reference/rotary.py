@@ -42,12 +42,14 @@ def _store(cache: Tensor, slots: Tensor, new: Tensor) -> None:
 
 def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
     """x [T, H, D], cos_sin [T, R] float32 → x with its first R dims rotated, in x's dtype."""
-    rotary_dim = cos_sin.shape[-1]
-    cos, sin = cos_sin[:, None].chunk(2, dim=-1)
+    num_tokens, rotary_dim = cos_sin.shape
     part = x if rotary_dim == x.shape[-1] else x[..., :rotary_dim]
-    # x · cos + (x with its halves exchanged) · (-sin | sin)
-    swapped = torch.roll(part, rotary_dim // 2, dims=-1).float()
-    turned = (part.float() * torch.cat((cos, cos), dim=-1)).addcmul_(swapped, torch.cat((-sin, sin), dim=-1))
-    if rotary_dim == x.shape[-1]:
-        return turned.to(x.dtype)
-    return torch.cat((turned.to(x.dtype), x[..., rotary_dim:]), dim=-1)
+    cos, sin = cos_sin.view(num_tokens, 2, 1, 1, -1).unbind(1)
+    pairs = part.float().view(num_tokens, -1, 2, rotary_dim // 2)
+    turned = pairs * cos
+    low, high = pairs.chunk(2, dim=2)
+    turned_low, turned_high = turned.chunk(2, dim=2)
+    turned_low.addcmul_(high, sin, value=-1)
+    turned_high.addcmul_(low, sin)
+    turned = turned.view(part.shape).to(x.dtype)
+    return turned if part is x else torch.cat((turned, x[..., rotary_dim:]), dim=-1)

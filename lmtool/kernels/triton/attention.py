@@ -11,7 +11,7 @@ from torch import Tensor
 from lmtool.errors import KernelError
 from lmtool.kernels.layout import PIECE_ALIGN, DecodePlan, num_plan_items
 from lmtool.kernels.triton import tuning
-from lmtool.kernels.triton.launch import allow_next, dependent_launch, wait_for_previous
+from lmtool.kernels.triton.launch import allow_next, dependent_launch, prefetch, wait_for_previous
 
 _LOG2_E = 1.4426950408889634
 _MIN_ROWS = 16  # of a tensor-core product
@@ -44,7 +44,10 @@ def _plan_kernel(
     start = tl.where(window > 0, tl.maximum(stop - window, 0) // ALIGN * ALIGN, 0)
     spare = num_items - batch_size
     piece = tl.cdiv(tl.cdiv(tl.sum(stop - start, axis=0), spare), ALIGN) * ALIGN
-    piece = tl.maximum(piece, ALIGN)
+    # the shortest piece worth merging, as layout.shortest_piece has it
+    blocks = tl.cdiv(tl.max(stop - start, axis=0), ALIGN)
+    o_n = tl.arange(0, 64) + 1
+    piece = tl.maximum(piece, ALIGN * (1 + tl.sum((9 * o_n * o_n < blocks).to(tl.int32), axis=0)))
     count = tl.where(m_b, tl.maximum(tl.cdiv(stop - start, piece), 1), 0)
     first = tl.cumsum(count, axis=0) - count
     tl.store(spans_ptr + 2 * o_b, first, mask=m_b)
@@ -56,7 +59,10 @@ def _plan_kernel(
         tl.store(item_ptrs + 1, start + i * piece, mask=m_i)
         tl.store(item_ptrs + 2, tl.minimum(start + (i + 1) * piece, stop), mask=m_i)
     o_w = tl.arange(0, BLOCK_W)
-    tl.store(items_ptr + 3 * o_w, -1, mask=(o_w >= tl.sum(count, axis=0)) & (o_w < num_items))
+    is_unused = (o_w >= tl.sum(count, axis=0)) & (o_w < num_items)
+    tl.store(items_ptr + 3 * o_w, -1, mask=is_unused)
+    tl.store(items_ptr + 3 * o_w + 1, 0, mask=is_unused)
+    tl.store(items_ptr + 3 * o_w + 2, 0, mask=is_unused)
     for head in tl.static_range(HKV):
         tl.store(arrivals_ptr + o_b * HKV + head, 0, mask=m_b)
 
@@ -168,6 +174,7 @@ def _decode_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
+    PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program (w, h): item w of the work list for key/value head h; the last of a sequence's pieces merges them all."""
@@ -179,6 +186,14 @@ def _decode_kernel(
     spans_ptr += 2 * tl.maximum(sequence, 0)
     first, count = tl.load(spans_ptr), tl.load(spans_ptr + 1)
     oldest = tl.where(window > 0, tl.load(seq_lens_ptr + tl.maximum(sequence, 0)) - window, 0)
+    if PDL and PREFETCH:
+        o_line = tl.arange(0, BLOCK_T)
+        block = tl.load(block_tables_ptr + tl.maximum(sequence, 0) * table_width + start // BLOCK_SIZE).to(tl.int64)
+        lines = (head.to(tl.int64) * tokens_per_head + block * BLOCK_SIZE + start % BLOCK_SIZE + o_line) * D
+        if sequence >= 0:
+            for d in tl.static_range(0, D, 64):
+                prefetch(k_cache_ptr + lines + d)
+                prefetch(v_cache_ptr + lines + d)
     wait_for_previous(PDL)
     if sequence < 0:
         return
@@ -263,6 +278,7 @@ def attention_decode(
         BLOCK_T=min(block_size, config.block_t),
         BLOCK_D=triton.next_power_of_2(head_dim),
         STAGES=config.num_stages,
+        PREFETCH=tuning.PREFETCH,
         num_warps=config.num_warps,
         **dependent_launch(q.device),
     )

@@ -77,6 +77,9 @@ def max_rows(num_out: int, num_in: int) -> int:
     return 32
 
 
+PREFETCH = True
+
+
 class AttentionConfig(NamedTuple):
     """``block_r`` rows (queries × the heads that share a key), ``block_t`` keys a tile."""
 
@@ -87,7 +90,7 @@ class AttentionConfig(NamedTuple):
 
 
 def decode_config(batch_size: int, head_dim: int) -> AttentionConfig:
-    return AttentionConfig(16, 64, 4, 2)
+    return AttentionConfig(16, 64, 4, 1)
 
 
 def prefill_config(num_rows: int, head_dim: int, itemsize: int) -> AttentionConfig:
