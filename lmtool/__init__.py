@@ -9,7 +9,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from lmtool.config import EngineConfig, GenerationConfig, PytorchEngineConfig, TurbomindEngineConfig
-    from lmtool.engine.pipeline import Pipeline, Response, pipeline
+    from lmtool.engine.pipeline import Pipeline, pipeline
+    from lmtool.engine.response import Response
 
 _LAZY = {
     "EngineConfig": "lmtool.config",
@@ -17,7 +18,7 @@ _LAZY = {
     "TurbomindEngineConfig": "lmtool.config",
     "GenerationConfig": "lmtool.config",
     "Pipeline": "lmtool.engine.pipeline",
-    "Response": "lmtool.engine.pipeline",
+    "Response": "lmtool.engine.response",
     "pipeline": "lmtool.engine.pipeline",
 }
 

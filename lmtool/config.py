@@ -33,7 +33,8 @@ class EngineConfig:
     model_format           'hf' or 'gguf' to insist on it; None: detected
     session_len            longest prompt + answer of one request, tokens; None: the model's own
     max_batch_size         most requests computed in one step
-    max_batched_tokens     token budget of one step; longer prompts are prefilled in chunks of it
+    max_batched_tokens     token budget of one step; longer prompts are prefilled in chunks of it. None: 8192 on a
+                           GPU; 512 on a CPU, where a step takes long enough to be waited for by Ctrl-C
     cache_max_entry_count  share of the *free* device memory for the KV cache (GPU)
     cache_gb               size of the KV cache in GiB; on a CPU this is what bounds it
     prefix_caching         share the K/V blocks of equal prompt beginnings
@@ -44,7 +45,7 @@ class EngineConfig:
     model_format: str | None = None
     session_len: int | None = None
     max_batch_size: int = 256
-    max_batched_tokens: int = 8192
+    max_batched_tokens: int | None = None
     cache_max_entry_count: float = 0.8
     cache_gb: float | None = None
     prefix_caching: bool = True
@@ -56,7 +57,7 @@ class EngineConfig:
         check(self.dtype in DTYPES, "dtype", "one of " + ", ".join(DTYPES))
         check(self.session_len is None or self.session_len >= 1, "session_len", "a number of tokens above 0")
         check(1 <= self.max_batch_size <= 4096, "max_batch_size", "a number from 1 to 4096")
-        check(self.max_batched_tokens >= 64, "max_batched_tokens", "at least 64 tokens")
+        check(self.max_batched_tokens is None or self.max_batched_tokens >= 64, "max_batched_tokens", "at least 64 tokens")
         check(0 < self.cache_max_entry_count < 1, "cache_max_entry_count", "a share between 0 and 1")
         check(self.cache_gb is None or self.cache_gb > 0, "cache_gb", "a size in GiB above 0")
 

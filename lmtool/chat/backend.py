@@ -11,7 +11,9 @@ from lmtool.config import GenerationConfig
 
 if TYPE_CHECKING:
     from lmtool.engine.pipeline import Pipeline
+    from lmtool.engine.response import Answers
     from lmtool.engine.sequence import TokenLogprob
+    from lmtool.tokenizer import Tokenizer
 
 Message = dict[str, Any]  # {"role": "system" | "user" | "assistant", "content": str}
 
@@ -51,9 +53,10 @@ class Backend(Protocol):
         ...
 
     def stream(self, messages: Sequence[Message], config: GenerationConfig) -> Iterator[Delta]:
-        """Yield the answer; closing the iterator aborts the request at once.
+        """The answer; RequestError when the conversation is longer than the context.
 
-        Raises RequestError before the first delta when the conversation is longer than the context.
+        Where the iterator has ``abort()``, that ends the answer at any moment, from any thread or signal handler;
+        a generator is ended when it next yields.
         """
         ...
 
@@ -84,26 +87,8 @@ class LocalBackend:
     def session_len(self) -> int:
         return self._pipe.session_len
 
-    def stream(self, messages: Sequence[Message], config: GenerationConfig) -> Iterator[Delta]:
-        for part in self._pipe.stream_infer(list(messages), config):
-            yield Delta(
-                text=part.text,
-                token_ids=tuple(part.token_ids),
-                finish_reason=part.finish_reason,
-                num_prompt_tokens=part.num_prompt_tokens,
-                num_cached_tokens=part.num_cached_tokens,
-                num_generated_tokens=part.num_generated_tokens,
-                time_to_first_token_s=part.time_to_first_token_s,
-                duration_s=part.duration_s,
-                logprobs=tuple(self._plain(chosen) for chosen in part.logprobs or ()),
-            )
-
-    def _plain(self, chosen: "TokenLogprob") -> dict[str, Any]:
-        def entry(token_id: int, logprob: float) -> dict[str, Any]:
-            return {"token_id": token_id, "token": self._pipe.tokenizer.token_text(token_id), "logprob": logprob}
-
-        top = [entry(token_id, logprob) for token_id, logprob in chosen.top]
-        return {**entry(chosen.token_id, chosen.logprob), "top": top}
+    def stream(self, messages: Sequence[Message], config: GenerationConfig) -> "LocalStream":
+        return LocalStream(self._pipe.stream_infer(list(messages), config), self._pipe.tokenizer)
 
     def count_tokens(self, messages: Sequence[Message]) -> int:
         return len(self._pipe.tokenizer.chat_ids(list(messages)))
@@ -113,3 +98,35 @@ class LocalBackend:
 
     def close(self) -> None:
         self._pipe.close()
+
+
+class LocalStream(Iterator[Delta]):
+    """The engine's pieces as deltas."""
+
+    def __init__(self, answers: "Answers", tokenizer: "Tokenizer") -> None:
+        self._answers = answers
+        self._tokenizer = tokenizer
+
+    def __next__(self) -> Delta:
+        part = next(self._answers)
+        return Delta(
+            text=part.text,
+            token_ids=tuple(part.token_ids),
+            finish_reason=part.finish_reason,
+            num_prompt_tokens=part.num_prompt_tokens,
+            num_cached_tokens=part.num_cached_tokens,
+            num_generated_tokens=part.num_generated_tokens,
+            time_to_first_token_s=part.time_to_first_token_s,
+            duration_s=part.duration_s,
+            logprobs=tuple(self._plain(chosen) for chosen in part.logprobs or ()),
+        )
+
+    def abort(self) -> None:
+        self._answers.abort()
+
+    def _plain(self, chosen: "TokenLogprob") -> dict[str, Any]:
+        def entry(token_id: int, logprob: float) -> dict[str, Any]:
+            return {"token_id": token_id, "token": self._tokenizer.token_text(token_id), "logprob": logprob}
+
+        top = [entry(token_id, logprob) for token_id, logprob in chosen.top]
+        return {**entry(chosen.token_id, chosen.logprob), "top": top}

@@ -33,10 +33,16 @@ class Pump:
         return self._stopping.is_set()
 
     def stop(self) -> None:
-        """End `deltas` now and close the stream as soon as it yields again. Safe in a signal handler."""
+        """End `deltas` now, and the stream: at once if it can be aborted, else when it next yields.
+
+        Safe in a signal handler.
+        """
         self.stopped_s = time.monotonic()
         self._stopping.set()
         self._queue.put(_END)
+        abort = getattr(self._stream, "abort", None)
+        if abort is not None:
+            abort()
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Until the stream is closed, so that nothing that follows meets it in the engine."""

@@ -6,10 +6,8 @@
 """
 
 import itertools
-import queue
 import secrets
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -18,10 +16,10 @@ from typing import Any, Self, overload
 from lmtool.checkpoint.hub import resolve_model
 from lmtool.config import EngineConfig, GenerationConfig
 from lmtool.engine.async_engine import AsyncEngine
-from lmtool.engine.core import TokenOutput
 from lmtool.engine.detokenizer import Detokenizer
+from lmtool.engine.response import Answers, Response
 from lmtool.engine.scheduler import Counters
-from lmtool.engine.sequence import Request, TokenLogprob
+from lmtool.engine.sequence import Request
 from lmtool.engine.setup import LoadedEngine, load_engine
 from lmtool.errors import RequestError
 from lmtool.models.loader import Progress
@@ -31,82 +29,12 @@ Message = dict[str, Any]
 Prompt = str | list[Message]
 
 
-@dataclass(slots=True, kw_only=True)
-class Response:
-    """An answer, or from `Pipeline.stream_infer` the next piece of it (``text`` and ``token_ids`` are then new only).
-
-    finish_reason          'stop', 'length' (max_new_tokens), 'context' (the context is full), 'abort'; None: not yet
-    num_cached_tokens      of the prompt, found in the prefix cache and not computed again
-    time_to_first_token_s, duration_s   from the call, in seconds
-    """
-
-    index: int = 0
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] | None = None
-    num_prompt_tokens: int = 0
-    num_cached_tokens: int = 0
-    num_generated_tokens: int = 0
-    finish_reason: str | None = None
-    time_to_first_token_s: float | None = None
-    duration_s: float | None = None
-
-    @property
-    def tokens_per_s(self) -> float | None:
-        """Generation speed after the first token; None before the second."""
-        if self.num_generated_tokens < 2 or self.duration_s is None or self.time_to_first_token_s is None:
-            return None
-        return (self.num_generated_tokens - 1) / max(self.duration_s - self.time_to_first_token_s, 1e-9)
-
-
 @dataclass(slots=True)
 class Session:
     """A conversation of `Pipeline.chat`. Its K/V stay in the cache: a new turn computes only what is new."""
 
     messages: list[Message] = field(default_factory=list)
     response: Response | None = None
-
-
-class _Answer:
-    """One request on its way: engine outputs in, `Response` pieces out."""
-
-    def __init__(self, index: int, request: Request, detokenizer: Detokenizer, started: float) -> None:
-        self.index = index
-        self.request = request
-        self._detokenizer = detokenizer
-        self._started = started
-        self._num_generated = 0
-        self._first_token_s: float | None = None
-
-    def take(self, output: TokenOutput) -> Response:
-        """Raises the error that ended the request."""
-        if output.error is not None:
-            raise output.error
-        now = time.perf_counter() - self._started
-        finish_reason = output.finish_reason
-        text, token_ids = "", []
-        if output.token_id is not None:
-            self._first_token_s = self._first_token_s or now
-            self._num_generated += 1
-            token_ids.append(output.token_id)
-            if not (finish_reason == "stop" and output.token_id in self.request.stop_ids):
-                text = self._detokenizer.push(token_ids)
-        if finish_reason is not None:
-            text += self._detokenizer.flush()
-        if self._detokenizer.stopped:
-            finish_reason = "stop"
-        return Response(
-            index=self.index,
-            text=text,
-            token_ids=token_ids,
-            logprobs=[output.logprob] if output.logprob is not None else None,
-            num_prompt_tokens=len(self.request.prompt_ids),
-            num_cached_tokens=output.num_cached_tokens,
-            num_generated_tokens=self._num_generated,
-            finish_reason=finish_reason,
-            time_to_first_token_s=self._first_token_s,
-            duration_s=now,
-        )
 
 
 class Pipeline:
@@ -165,39 +93,17 @@ class Pipeline:
         several = _as_prompts(prompts)
         whole = [Response(index=i) for i in range(len(several))]
         for part in self.stream_infer(prompts, gen_config):
-            _extend(whole[part.index], part)
+            whole[part.index].extend(part)
         return whole if _is_several(prompts) else whole[0]
 
-    def stream_infer(self, prompts: Any, gen_config: GenerationConfig | None = None) -> Iterator[Response]:
-        """Yield pieces of the answers as they come (``index`` says whose). Closing the iterator ends the requests."""
+    def stream_infer(self, prompts: Any, gen_config: GenerationConfig | None = None) -> Answers:
+        """Pieces of the answers as they come; ``index`` says whose. Raises as `__call__` does."""
         config = gen_config or self._default_config()
         return self.stream([self._request(prompt, config) for prompt in _as_prompts(prompts)])
 
-    def stream(self, requests: Sequence[Request]) -> Iterator[Response]:
+    def stream(self, requests: Sequence[Request]) -> Answers:
         """As `stream_infer`, for requests that `request` made of token ids."""
-        outputs: queue.SimpleQueue[TokenOutput] = queue.SimpleQueue()
-        started = time.perf_counter()
-        answers = {
-            request.request_id: _Answer(index, request, self._detokenizer(request.params), started)
-            for index, request in enumerate(requests)
-        }
-        try:
-            for answer in answers.values():
-                self._engine.submit(answer.request, outputs.put)
-            while answers:
-                output = outputs.get()
-                answer_or_none = answers.get(output.request_id)
-                if answer_or_none is None:  # a token that was on its way when a stop text ended the answer
-                    continue
-                part = answer_or_none.take(output)
-                if part.finish_reason is not None:
-                    del answers[output.request_id]
-                    if output.finish_reason is None:
-                        self._engine.abort(output.request_id)
-                yield part
-        finally:
-            for request_id in answers:
-                self._engine.abort(request_id)
+        return Answers(self._engine, requests, self._detokenizer)
 
     def chat(self, prompt: str, session: Session | None = None, gen_config: GenerationConfig | None = None) -> Session:
         """One turn of a conversation; without ``session`` a new one. ``session.response`` is the answer."""
@@ -305,19 +211,3 @@ def _as_prompts(prompts: Any) -> list[Prompt]:
                 f"a prompt is a {type(prompt).__name__}", "give a text, a list of messages, or a list of these"
             )
     return several
-
-
-def _extend(whole: Response, part: Response) -> None:
-    whole.text += part.text
-    whole.token_ids += part.token_ids
-    if part.logprobs:
-        whole.logprobs = (whole.logprobs or []) + part.logprobs
-    for name in (
-        "num_prompt_tokens",
-        "num_cached_tokens",
-        "num_generated_tokens",
-        "finish_reason",
-        "time_to_first_token_s",
-        "duration_s",
-    ):
-        setattr(whole, name, getattr(part, name))

@@ -26,6 +26,7 @@ from lmtool.models.loader import Progress, load_decoder, read_model_config
 
 _GIB = 1 << 30
 _OLDEST_CARD = (7, 5)
+_DEFAULT_BATCHED_TOKENS = {"cuda": 8192, "cpu": 512}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,8 @@ def build_core(decoder: Decoder, config: EngineConfig) -> tuple[EngineCore, Cach
     plan = plan_cache(config, decoder.config, decoder.dtype, decoder.device, free_bytes(decoder.device))
     runner = ModelRunner(decoder, plan, max_batch_size=config.max_batch_size)
     blocks = BlockManager(plan.num_blocks, plan.block_size, prefix_caching=config.prefix_caching)
-    scheduler = Scheduler(blocks, max_batch_size=config.max_batch_size, max_batched_tokens=config.max_batched_tokens)
+    budget = config.max_batched_tokens or _DEFAULT_BATCHED_TOKENS[decoder.device.type]
+    scheduler = Scheduler(blocks, max_batch_size=config.max_batch_size, max_batched_tokens=budget)
     return EngineCore(scheduler, LocalExecutor(runner), session_len=plan.session_len), plan
 
 

@@ -1,0 +1,144 @@
+"""`Response`, an answer or a piece of one, and `Answers`, the pieces as they come. Knows no prompt and no template."""
+
+import queue
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from lmtool.config import GenerationConfig
+from lmtool.engine.async_engine import AsyncEngine
+from lmtool.engine.core import TokenOutput
+from lmtool.engine.detokenizer import Detokenizer
+from lmtool.engine.sequence import Request, TokenLogprob
+
+
+@dataclass(slots=True, kw_only=True)
+class Response:
+    """An answer, or from `Pipeline.stream_infer` the next piece of it (``text`` and ``token_ids`` are then new only).
+
+    finish_reason          'stop', 'length' (max_new_tokens), 'context' (the context is full), 'abort'; None: not yet
+    num_cached_tokens      of the prompt, found in the prefix cache and not computed again
+    time_to_first_token_s, duration_s   from the call, in seconds
+    """
+
+    index: int = 0
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] | None = None
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_generated_tokens: int = 0
+    finish_reason: str | None = None
+    time_to_first_token_s: float | None = None
+    duration_s: float | None = None
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Generation speed after the first token; None before the second."""
+        if self.num_generated_tokens < 2 or self.duration_s is None or self.time_to_first_token_s is None:
+            return None
+        return (self.num_generated_tokens - 1) / max(self.duration_s - self.time_to_first_token_s, 1e-9)
+
+    def extend(self, part: "Response") -> None:
+        """Take in the next piece."""
+        self.text += part.text
+        self.token_ids += part.token_ids
+        if part.logprobs:
+            self.logprobs = (self.logprobs or []) + part.logprobs
+        for name in (
+            "num_prompt_tokens",
+            "num_cached_tokens",
+            "num_generated_tokens",
+            "finish_reason",
+            "time_to_first_token_s",
+            "duration_s",
+        ):
+            setattr(self, name, getattr(part, name))
+
+
+class _Answer:
+    """One request on its way: engine outputs in, `Response` pieces out."""
+
+    def __init__(self, index: int, request: Request, detokenizer: Detokenizer, started: float) -> None:
+        self.index = index
+        self.request = request
+        self._detokenizer = detokenizer
+        self._started = started
+        self._num_generated = 0
+        self._first_token_s: float | None = None
+
+    def take(self, output: TokenOutput) -> Response:
+        """Raises the error that ended the request."""
+        if output.error is not None:
+            raise output.error
+        now = time.perf_counter() - self._started
+        finish_reason = output.finish_reason
+        text, token_ids = "", []
+        if output.token_id is not None:
+            self._first_token_s = self._first_token_s or now
+            self._num_generated += 1
+            token_ids.append(output.token_id)
+            if not (finish_reason == "stop" and output.token_id in self.request.stop_ids):
+                text = self._detokenizer.push(token_ids)
+        if finish_reason is not None:
+            text += self._detokenizer.flush()
+        if self._detokenizer.stopped:
+            finish_reason = "stop"
+        return Response(
+            index=self.index,
+            text=text,
+            token_ids=token_ids,
+            logprobs=[output.logprob] if output.logprob is not None else None,
+            num_prompt_tokens=len(self.request.prompt_ids),
+            num_cached_tokens=output.num_cached_tokens,
+            num_generated_tokens=self._num_generated,
+            finish_reason=finish_reason,
+            time_to_first_token_s=self._first_token_s,
+            duration_s=now,
+        )
+
+
+class Answers(Iterator[Response]):
+    """The pieces of several answers, in the order in which they come. Dropping it ends what is still running."""
+
+    def __init__(
+        self, engine: AsyncEngine, requests: Sequence[Request], detokenizer: Callable[[GenerationConfig], Detokenizer]
+    ) -> None:
+        self._engine = engine
+        self._outputs: queue.SimpleQueue[TokenOutput] = queue.SimpleQueue()
+        started = time.perf_counter()
+        self._open = {
+            request.request_id: _Answer(index, request, detokenizer(request.params), started)
+            for index, request in enumerate(requests)
+        }
+        for request in requests:
+            engine.submit(request, self._outputs.put)
+
+    def __next__(self) -> Response:
+        while self._open:
+            output = self._outputs.get()
+            answer = self._open.get(output.request_id)
+            if answer is None:  # a token that was on its way when a stop text ended the answer
+                continue
+            if output.finish_reason is not None:
+                del self._open[output.request_id]
+            part = answer.take(output)
+            if part.finish_reason is not None and output.finish_reason is None:
+                del self._open[output.request_id]
+                self._engine.abort(output.request_id)
+            return part
+        raise StopIteration
+
+    def abort(self) -> None:
+        """End every answer that is still running, at any moment and from any thread: each gets a last piece."""
+        for request_id in list(self._open):
+            self._engine.abort(request_id)
+
+    def close(self) -> None:
+        """`abort`, and give no more pieces. For the thread that iterates."""
+        self.abort()
+        self._open.clear()
+
+    def __del__(self) -> None:
+        if getattr(self, "_open", None):
+            self.close()
