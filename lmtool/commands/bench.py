@@ -1,0 +1,111 @@
+"""`lmtool bench`: what this machine allows, what the engine does with it, and reports side by side."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lmtool.commands import options
+from lmtool.errors import ConfigError, InputError
+
+app = typer.Typer(help="Measure the engine, beside what this machine allows.", no_args_is_help=True)
+
+Model = Annotated[
+    str | None,
+    typer.Option(help=f"A folder, a .gguf file, a hub id or a short name (default: {options.DEFAULT_MODEL})."),
+]
+Shape = Annotated[str | None, typer.Option(help="Random weights in this shape instead: llama3-8b, internlm2-1_8b, …")]
+Against = Annotated[str | None, typer.Option(help="Measure in turn with 'transformers': same process, same weights.")]
+Mixes = Annotated[
+    str,
+    typer.Option("--mix", help="static, or chat1000, sharegpt100, uniform, shared-prefix, long-context; by commas."),
+]
+Batches = Annotated[str, typer.Option(help="Of static: numbers of requests at once, by commas.")]
+InputLen = Annotated[int, typer.Option(help="Of static: prompt tokens.")]
+OutputLen = Annotated[int | None, typer.Option(help="Of static: tokens out (default: 256, or 64 with --against).")]
+PrefillLen = Annotated[int, typer.Option(help="Tokens of the prompt whose first token is timed; 0: leave it out.")]
+Repeats = Annotated[int, typer.Option(help="Timed runs of each workload; the median is told.")]
+WarmUp = Annotated[int, typer.Option(help="Runs of each workload that are not timed.")]
+Seed = Annotated[int, typer.Option(help="Of the mixes and the token ids.")]
+JsonFile = Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="Write everything measured as JSON.")]
+Png = Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the roofline and each share of the limit.")]
+Files = Annotated[list[Path], typer.Argument(metavar="FILE...", help="What --json wrote; or a peer's, in that form.")]
+Metric = Annotated[str, typer.Option(help="Which figure to set side by side, as the JSON names it.")]
+
+
+@app.command()
+def offline(
+    *,
+    model: Model = None,
+    shape: Shape = None,
+    against: Against = None,
+    mix: Mixes = "static",
+    batches: Batches = "1,8",
+    input_len: InputLen = 128,
+    output_len: OutputLen = None,
+    prefill_len: PrefillLen = 512,
+    repeats: Repeats = 3,
+    warm_up: WarmUp = 1,
+    seed: Seed = 0,
+    device: options.Device = options.ENGINE_DEFAULTS.device,
+    dtype: options.Dtype = options.ENGINE_DEFAULTS.dtype,
+    max_batch_size: options.MaxBatchSize = options.ENGINE_DEFAULTS.max_batch_size,
+    cache_gb: options.CacheGb = None,
+    cache_max_entry_count: options.CacheMaxEntryCount = options.ENGINE_DEFAULTS.cache_max_entry_count,
+    json: JsonFile = None,
+    png: Png = None,
+) -> None:
+    """Workloads on the engine itself: token ids in and out, greedy, no text and no HTTP inside."""
+    from lmtool.bench import session
+
+    if model is not None and shape is not None:
+        raise ConfigError("--model and --shape were both given", "give one of them")
+    plan = session.Plan(
+        model=None if shape else model or options.DEFAULT_MODEL,
+        shape=shape,
+        against=against,
+        mixes=tuple(mix.split(",")),
+        batches=_numbers("--batches", batches),
+        input_len=input_len,
+        output_len=output_len if output_len is not None else 64 if against else 256,
+        prefill_len=prefill_len,
+        repeats=repeats,
+        warm_up=warm_up,
+        seed=seed,
+    )
+    engine = options.engine_config(
+        device=device,
+        dtype=dtype,
+        max_batch_size=max_batch_size,
+        cache_gb=cache_gb,
+        cache_max_entry_count=cache_max_entry_count,
+    )
+    session.run_offline(plan, engine, json_file=json, png=png)
+
+
+@app.command()
+def limits(
+    device: options.Device = options.ENGINE_DEFAULTS.device,
+    json: JsonFile = None,
+) -> None:
+    """What this machine does at best: read, copy, multiply, start a kernel."""
+    from lmtool.bench import session
+
+    session.run_limits(device, json_file=json)
+
+
+@app.command()
+def report(files: Files, metric: Metric = "output_tokens_per_s", png: Png = None) -> None:
+    """Show saved reports: one in full, several side by side."""
+    from lmtool.bench import session
+
+    if png is not None and len(files) > 1:
+        raise InputError("--png draws one report", "give one file with it")
+    session.show_reports(files, metric, png=png)
+
+
+def _numbers(flag: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{flag} is {text!r}", "give numbers with commas between them, as in 1,8,64") from None
