@@ -1,5 +1,7 @@
 """Rotary position embedding (arXiv 2104.09864, half-split pairs) and the K/V write, plain torch."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -42,14 +44,19 @@ def _store(cache: Tensor, slots: Tensor, new: Tensor) -> None:
 
 def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
     """x [T, H, D], cos_sin [T, R] float32 → x with its first R dims rotated, in x's dtype."""
-    num_tokens, rotary_dim = cos_sin.shape
+    rotary_dim = cos_sin.shape[-1]
     part = x if rotary_dim == x.shape[-1] else x[..., :rotary_dim]
-    cos, sin = cos_sin.view(num_tokens, 2, 1, 1, -1).unbind(1)
-    pairs = part.float().view(num_tokens, -1, 2, rotary_dim // 2)
-    turned = pairs * cos
-    low, high = pairs.chunk(2, dim=2)
-    turned_low, turned_high = turned.chunk(2, dim=2)
-    turned_low.addcmul_(high, sin, value=-1)
-    turned_high.addcmul_(low, sin)
-    turned = turned.view(part.shape).to(x.dtype)
+    cos, signed_sin = _spread(cos_sin)
+    part32 = part.float()
+    turned = (part32 * cos).addcmul_(torch.roll(part32, rotary_dim // 2, dims=-1), signed_sin).to(x.dtype)
     return turned if part is x else torch.cat((turned, x[..., rotary_dim:]), dim=-1)
+
+
+@lru_cache(maxsize=2)
+def _spread(cos_sin: Tensor) -> tuple[Tensor, Tensor]:
+    """[T, R] → (cos | cos) and (-sin | sin), each [T, 1, R]: rotated = x · cos + (x, halves exchanged) · signed sin.
+
+    What a step's first layer spreads serves the others (a tensor is keyed by its identity).
+    """
+    cos, sin = cos_sin[:, None].chunk(2, dim=-1)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
