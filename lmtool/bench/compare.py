@@ -5,7 +5,7 @@ A decode case is judged by the median time of its steps, so that prefill does no
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from lmtool.bench import offline, roofline
@@ -13,7 +13,9 @@ from lmtool.bench.limits import Limits
 from lmtool.bench.workloads import Prompt, Workload, prefill, static
 from lmtool.engine.setup import LoadedEngine
 
-_PROBE_TOKENS = 6
+_TRIED_TOKENS = 5  # that come out of a decode case while dtypes are tried
+_TRIED_CONTEXT = 16  # tokens before them
+_TRIED_PREFILL = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,29 +110,29 @@ def compare(
     comparisons = []
     for case in wanted:
         progress(f"{case.name}: trying transformers in {', '.join(peer.name for peer in peers)}")
-        theirs = min(peers, key=lambda peer: _probe(peer, case, vocab_size)) if len(peers) > 1 else peers[0]
+        theirs = min(peers, key=lambda peer: _try(peer, case, vocab_size)) if len(peers) > 1 else peers[0]
         progress(f"{case.name}: lmtool ({ours.name}) and transformers ({theirs.name}) in turn")
         times: dict[Contestant, list[float]] = {ours: [], theirs: []}
-        _probe(ours, case, vocab_size)
+        for contestant in times:
+            _time_s(contestant, replace(case, num_new_tokens=min(case.num_new_tokens, 2)), vocab_size, seed=repeats)
         for i in range(repeats):
             for contestant, seen in times.items():
-                seen.append(_time_s(contestant, case, vocab_size, case.num_new_tokens, seed=i))
+                seen.append(_time_s(contestant, case, vocab_size, seed=i))
         rates = [case.tokens_per_time / statistics.median(seen) for seen in times.values()]
         comparisons.append(_judge(case, ours.name, theirs.name, rates, _limit(loaded, case, limits)))
     return comparisons
 
 
-def _time_s(contestant: Contestant, case: Case, vocab_size: int, num_new_tokens: int, seed: int) -> float:
-    first_s, steps_s = contestant.step_times(case.workload.prompts(vocab_size, seed), num_new_tokens)
+def _time_s(contestant: Contestant, case: Case, vocab_size: int, seed: int) -> float:
+    first_s, steps_s = contestant.step_times(case.workload.prompts(vocab_size, seed), case.num_new_tokens)
     return first_s if case.num_new_tokens == 1 else statistics.median(steps_s)
 
 
-def _probe(contestant: Contestant, case: Case, vocab_size: int) -> float:
-    """A short try, after a shorter one to warm up; seconds."""
-    num_new_tokens = min(case.num_new_tokens, _PROBE_TOKENS)
-    for num_tokens in (min(num_new_tokens, 2), num_new_tokens):
-        time_s = _time_s(contestant, case, vocab_size, num_tokens, seed=0)
-    return time_s
+def _try(contestant: Contestant, case: Case, vocab_size: int) -> float:
+    """Seconds of a case like this one with shorter prompts and answers: a hopeless dtype takes minutes for it whole."""
+    short = _TRIED_PREFILL if case.num_new_tokens == 1 else _TRIED_CONTEXT
+    small = replace(case, input_len=min(case.input_len, short), num_new_tokens=min(case.num_new_tokens, _TRIED_TOKENS))
+    return min(_time_s(contestant, small, vocab_size, seed) for seed in range(2))
 
 
 def _limit(loaded: LoadedEngine, case: Case, limits: Limits | None) -> float | None:
@@ -140,7 +142,8 @@ def _limit(loaded: LoadedEngine, case: Case, limits: Limits | None) -> float | N
         return None
     rates = limits.read_bytes_per_s, limits.matmul_flops_per_s
     if case.num_new_tokens == 1:
-        run, _ = roofline.ideal_run(case.workload, cost, *rates, max_batch_size=1, max_batched_tokens=case.input_len)
+        budget = loaded.core.scheduler.max_batched_tokens
+        run, _ = roofline.ideal_run(case.workload, cost, *rates, max_batch_size=1, max_batched_tokens=budget)
         return case.input_len / run.duration_s
     context = case.input_len + case.num_new_tokens // 2
     return case.num_requests / roofline.decode_step(cost, case.num_requests, context).duration_s(*rates)

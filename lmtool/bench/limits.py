@@ -19,7 +19,7 @@ _CPU_BUFFER_BYTES = 512 << 20  # beyond any cache of today
 _GPU_MATMUL_SIZE = 8192
 _CPU_MATMUL_SIZE = 2048
 _NUM_CHAINED_KERNELS = 240
-_REPEATS = 5
+_REPEATS, _LEAST_S = 5, 1.0  # of each figure: so many times, and for so long at least
 _GPU_CALLS = 10  # in one time, so that waiting for the card is a small part of it
 
 
@@ -93,11 +93,11 @@ def _matmul_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _best_s(device: torch.device, work: Callable[[], object]) -> float:
-    """The shortest of several times: neighbours on the machine can only lengthen one."""
+    """The shortest of many times: neighbours on the machine can only lengthen one."""
     calls = _GPU_CALLS if device.type == "cuda" else 1
     work()
-    times = []
-    for _ in range(_REPEATS):
+    times: list[float] = []
+    while len(times) < _REPEATS or sum(times) * calls < _LEAST_S:
         _wait(device)
         started = time.perf_counter()
         for _ in range(calls):

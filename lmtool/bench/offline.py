@@ -157,8 +157,8 @@ def drive(core: EngineCore, submitted: Sequence[Request]) -> Run:
 def measure(
     loaded: LoadedEngine,
     workload: Workload,
-    config: EngineConfig,
     *,
+    max_batch_size: int,
     limits: Limits | None = None,
     repeats: int = 3,
     warm_up: int = 1,
@@ -166,7 +166,7 @@ def measure(
 ) -> Result:
     """Run the workload ``warm_up`` + ``repeats`` times, each with prompts of its own; figures beside their limits.
 
-    config: what the engine was loaded with; the ideal machine has the same batch size and token budget.
+    max_batch_size: what the engine was loaded with; the ideal machine has the same, and the same token budget.
     """
     core, vocab_size = loaded.core, loaded.model.vocab_size
     num_new_tokens = [size.num_new_tokens for size in workload.sizes]
@@ -178,7 +178,7 @@ def measure(
         once(seed + repeats + i)
     preempted_before = core.scheduler.counters.num_preemptions
     runs = [once(seed + i) for i in range(repeats)]
-    ideal, work = _ideal(loaded, workload, config, limits)
+    ideal, work = _ideal(loaded, workload, max_batch_size, limits)
     by_duration = sorted(runs, key=lambda run: run.duration_s)
     return Result(
         name=workload.name,
@@ -195,7 +195,7 @@ def measure(
 
 
 def _ideal(
-    loaded: LoadedEngine, workload: Workload, config: EngineConfig, limits: Limits | None
+    loaded: LoadedEngine, workload: Workload, max_batch_size: int, limits: Limits | None
 ) -> tuple[Run | None, Work | None]:
     cost = engine_cost(loaded)
     if limits is None or cost is None:
@@ -205,8 +205,8 @@ def _ideal(
         cost,
         limits.read_bytes_per_s,
         limits.matmul_flops_per_s,
-        max_batch_size=config.max_batch_size,
-        max_batched_tokens=config.max_batched_tokens,
+        max_batch_size=max_batch_size,
+        max_batched_tokens=loaded.core.scheduler.max_batched_tokens,
     )
 
 

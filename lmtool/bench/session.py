@@ -114,7 +114,7 @@ def _measure(
                 offline.measure(
                     loaded,
                     workload,
-                    config,
+                    max_batch_size=config.max_batch_size,
                     limits=measured,
                     repeats=plan.repeats,
                     warm_up=plan.warm_up,

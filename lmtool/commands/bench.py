@@ -22,7 +22,7 @@ Mixes = Annotated[
 ]
 Batches = Annotated[str, typer.Option(help="Of static: numbers of requests at once, by commas.")]
 InputLen = Annotated[int, typer.Option(help="Of static: prompt tokens.")]
-OutputLen = Annotated[int | None, typer.Option(help="Of static: tokens out (default: 256, or 64 with --against).")]
+OutputLen = Annotated[int | None, typer.Option(help="Of static: tokens out (default: 256, or 32 with --against).")]
 PrefillLen = Annotated[int, typer.Option(help="Tokens of the prompt whose first token is timed; 0: leave it out.")]
 Repeats = Annotated[int, typer.Option(help="Timed runs of each workload; the median is told.")]
 WarmUp = Annotated[int, typer.Option(help="Runs of each workload that are not timed.")]
@@ -67,7 +67,7 @@ def offline(
         mixes=tuple(mix.split(",")),
         batches=_numbers("--batches", batches),
         input_len=input_len,
-        output_len=output_len if output_len is not None else 64 if against else 256,
+        output_len=output_len if output_len is not None else 32 if against else 256,
         prefill_len=prefill_len,
         repeats=repeats,
         warm_up=warm_up,

@@ -17,6 +17,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(shapes.SHAPES, "tiny", TINY)
     monkeypatch.setattr(limits, "_CPU_BUFFER_BYTES", 8 << 20)
     monkeypatch.setattr(limits, "_CPU_MATMUL_SIZE", 128)
+    monkeypatch.setattr(limits, "_LEAST_S", 0)
 
 
 def _main(line: str, *more: object) -> int:

@@ -30,7 +30,7 @@ def tiny() -> LoadedEngine:
 
 
 def test_every_token_is_counted(tiny: LoadedEngine) -> None:
-    result = offline.measure(tiny, MIXED, CONFIG, limits=LIMITS, repeats=3, warm_up=1)
+    result = offline.measure(tiny, MIXED, max_batch_size=8, limits=LIMITS, repeats=3, warm_up=1)
     assert (result.num_requests, result.num_prompt_tokens, result.num_generated_tokens) == (4, 136, 23)
     # the budget of 64 cuts the second prompt in two; the longest answer begins in the third step at the latest
     assert 12 <= result.num_steps <= 14
@@ -40,7 +40,7 @@ def test_every_token_is_counted(tiny: LoadedEngine) -> None:
 
 
 def test_rates_agree_with_durations_and_limits(tiny: LoadedEngine) -> None:
-    result = offline.measure(tiny, MIXED, CONFIG, limits=LIMITS, repeats=3, warm_up=0)
+    result = offline.measure(tiny, MIXED, max_batch_size=8, limits=LIMITS, repeats=3, warm_up=0)
     output = result.metrics["output_tokens_per_s"]
     assert output.median == pytest.approx(23 / sorted(result.durations_s)[1])
     assert output.best == pytest.approx(23 / min(result.durations_s))
@@ -56,14 +56,14 @@ def test_rates_agree_with_durations_and_limits(tiny: LoadedEngine) -> None:
 
 
 def test_without_limits_there_are_no_shares(tiny: LoadedEngine) -> None:
-    result = offline.measure(tiny, MIXED, CONFIG, repeats=1, warm_up=0)
+    result = offline.measure(tiny, MIXED, max_batch_size=8, repeats=1, warm_up=0)
     assert all(metric.limit is metric.ratio is None for metric in result.metrics.values())
     assert result.flops is None
 
 
 def test_a_prefill_has_no_decode_and_each_run_new_prompts(tiny: LoadedEngine) -> None:
     before = tiny.core.scheduler.counters.num_cached_tokens
-    result = offline.measure(tiny, workloads.prefill(64), CONFIG, repeats=3)
+    result = offline.measure(tiny, workloads.prefill(64), max_batch_size=8, repeats=3)
     assert set(result.metrics) == {"time_to_first_token_s", "prefill_tokens_per_s"}
     assert tiny.core.scheduler.counters.num_cached_tokens == before == 0
 
@@ -71,7 +71,7 @@ def test_a_prefill_has_no_decode_and_each_run_new_prompts(tiny: LoadedEngine) ->
 def test_the_prefix_cache_serves_a_shared_prefix() -> None:
     shared = workloads.shared_prefix(4, prefix_len=128, input_len=10)
     loaded = offline.load(TINY, CONFIG, [shared])
-    offline.measure(loaded, shared, CONFIG, repeats=1, warm_up=0)
+    offline.measure(loaded, shared, max_batch_size=8, repeats=1, warm_up=0)
     assert loaded.core.scheduler.counters.num_cached_tokens >= 2 * 128
     with pytest.raises(ConfigError, match=r"--mix shared-prefix4 is measured with the prefix cache"):
         offline.load(TINY, CONFIG, [shared, MIXED])

@@ -39,7 +39,7 @@ PEER = {
 @pytest.fixture(scope="module")
 def measured() -> Report:
     loaded = offline.load(TINY, CONFIG, [MIXED])
-    results = [offline.measure(loaded, MIXED, CONFIG, limits=LIMITS, repeats=2, warm_up=0)]
+    results = [offline.measure(loaded, MIXED, max_batch_size=8, limits=LIMITS, repeats=2, warm_up=0)]
     return report.make_report("tiny", loaded.weights, LIMITS, {"repeats": 2}, results, [COMPARED])
 
 
