@@ -20,6 +20,7 @@ from lmtool.engine.kv_cache import CachePlan, plan_cache
 from lmtool.engine.model_runner import ModelRunner
 from lmtool.engine.scheduler import Scheduler
 from lmtool.errors import CheckpointError, ConfigError, DeviceError, MemoryShortError
+from lmtool.kernels.cpu import multiplies_bfloat16
 from lmtool.models.config import ModelConfig
 from lmtool.models.decoder import Decoder
 from lmtool.models.loader import Progress, load_decoder, read_model_config
@@ -106,18 +107,9 @@ def choose_dtype(name: str, model: ModelConfig, device: torch.device) -> torch.d
             raise DeviceError("--dtype bfloat16 needs compute capability 8.0 or newer", "use --dtype float16")
         return dtype
     if device.type == "cpu":
-        return torch.bfloat16 if cpu_multiplies_bfloat16() else torch.float32
+        return torch.bfloat16 if multiplies_bfloat16() else torch.float32
     bfloat16 = model.dtype == "bfloat16" and torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.bfloat16 if bfloat16 else torch.float16
-
-
-def cpu_multiplies_bfloat16() -> bool:
-    """AVX512-BF16 or AMX; without them bfloat16 products are emulated and slower than float32's."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split()
-    except (OSError, IndexError):
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def _keeps_int4(checkpoint: Checkpoint, config: EngineConfig, device: torch.device) -> bool:

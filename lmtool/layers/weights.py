@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lmtool import kernels
+from lmtool.kernels.cpu import multiplies_bfloat16
 
 
 class Matrix(Protocol):
@@ -77,8 +78,9 @@ class Int4Cpu(_CpuCodes):
     """4-bit codes in groups of 32, as GGUF's Q4_0 and Q4_1 store them: w = code · scale + minimum.
 
     Few rows go to torch's packed kernel (bfloat16 rows, bfloat16 scales: they lose 3 bits of mantissa, which is
-    far below what 4 bits lost). Many rows are compute-bound: they go to a float32 product with the exact weights,
-    kept beside the codes where ``keep_dense``, else expanded for each call.
+    far below what 4 bits lost). Many rows are compute-bound: they go to a product with the weights expanded, in
+    bfloat16 where the CPU multiplies it and else exactly, in float32; kept beside the codes where ``keep_dense``,
+    else expanded for each call.
     """
 
     MAX_PACKED_ROWS = 24  # measured: docs/log.md, 2026-11-21, "CPU products by row count"
@@ -93,7 +95,8 @@ class Int4Cpu(_CpuCodes):
         # torch's form is (code - 8) · scale + zero
         pairs = torch.stack((scale, minimum + 8 * scale), dim=-1)
         self._scale_and_zero = pairs.transpose(0, 1).contiguous().bfloat16()
-        self._dense = expand_int4(codes, scale, minimum) if keep_dense else None
+        self._dense_dtype = torch.bfloat16 if multiplies_bfloat16() else torch.float32
+        self._dense = expand_int4(codes, scale, minimum).to(self._dense_dtype) if keep_dense else None
         self._codes = None if keep_dense else (codes, scale, minimum)
 
     @property
@@ -106,10 +109,11 @@ class Int4Cpu(_CpuCodes):
             return torch.ops.aten._weight_int4pack_mm_for_cpu(
                 x.bfloat16(), self._packed, self.group_size, self._scale_and_zero
             )
-        if self._dense is not None:
-            return kernels.linear(x.float(), self._dense)
-        assert self._codes is not None
-        return kernels.linear(x.float(), expand_int4(*self._codes))
+        dense = self._dense
+        if dense is None:
+            assert self._codes is not None
+            dense = expand_int4(*self._codes).to(self._dense_dtype)
+        return kernels.linear(x.to(self._dense_dtype), dense)
 
 
 class Int8Cpu(_CpuCodes):
@@ -118,9 +122,9 @@ class Int8Cpu(_CpuCodes):
     def __init__(self, weight: Tensor) -> None:
         """weight [N, K] float32, rounded to 8 bits here."""
         self.bias = None
-        scale = weight.abs().amax(dim=1).clamp_min(1e-12) / 127
-        self._codes = torch.round(weight / scale[:, None]).to(torch.int8)
-        self._scale = scale.bfloat16()
+        # the kernel's scales are bfloat16: codes are taken for the rounded ones, so that no row is off as a whole
+        self._scale = (weight.abs().amax(dim=1).clamp_min(1e-12) / 127).bfloat16()
+        self._codes = torch.round(weight / self._scale.float()[:, None]).clamp_(-127, 127).to(torch.int8)
 
     @property
     def num_bytes(self) -> int:
