@@ -138,23 +138,6 @@ def report(name: str, batches: list[int], context: int, limits: dict[str, float]
             "no head, sample": ["head"],
         }.items():
             print(f"    {label:20} {time_step(chain, *skip):7.0f} us")
-        from lmtool.kernels.triton import tuning
-        tuning.PREFETCH = False
-        print(f"    {'no prefetch':20} {time_step(chain):7.0f} us")
-        tuning.PREFETCH = True
-        original = tuning.decode_config
-        tuning.decode_config = lambda *_: tuning.AttentionConfig(16, 64, 4, 2)
-        print(f"    {'2 stages':20} {time_step(chain):7.0f} us")
-        tuning.decode_config = lambda *_: tuning.AttentionConfig(16, 64, 2, 2)
-        print(f"    {'2 stages, 2 warps':20} {time_step(chain):7.0f} us")
-        tuning.decode_config = lambda *_: tuning.AttentionConfig(16, 32, 4, 1)
-        print(f"    {'1 stage, tiles of 32':20} {time_step(chain):7.0f} us")
-        tuning.decode_config = original
-        original = tuning.tile_config
-        for stages, block_k in ((4, 128), (3, 128), (6, 64), (4, 64)):
-            tuning.tile_config = lambda *a, stages=stages, block_k=block_k, **k: original(*a, **k)._replace(num_stages=min(stages, original(*a, **k).num_stages), block_k=block_k)
-            print(f"    tiles {stages} x {block_k}: {time_step(chain):7.0f} us")
-        tuning.tile_config = original
         supports = launch.dependent_launch
         launch_off = {"PDL": False}
         patched = [module for module in _kernel_modules() if hasattr(module, "dependent_launch")]

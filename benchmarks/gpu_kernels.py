@@ -1,4 +1,4 @@
-"""Every kernel's launch configurations timed side by side on a CUDA card: the figures behind `kernels/triton/tuning.py`.
+"""Every kernel's launch configurations side by side on a CUDA card: the figures behind `kernels/triton/tuning.py`.
 
 python -m benchmarks.gpu_kernels [linear] [attention] [prefill] [sampling]
 Kernels are compiled first, in parallel processes, into Triton's cache.
@@ -129,7 +129,10 @@ def time_linear(limits: dict[str, float]) -> None:
             found.sort()
             best = "  ".join(f"{time:.1f} {config}" for time, config in found[:5])
             worst = f"{found[-1][0]:.1f} {found[-1][1]}"
-            print(f"{op} {n}x{k} M={num_rows}: limit {limit:.1f} library {library:.1f} | {best} | worst {worst}", flush=True)
+            print(
+                f"{op} {n}x{k} M={num_rows}: limit {limit:.1f} library {library:.1f} | {best} | worst {worst}",
+                flush=True,
+            )
             del call
             torch.cuda.empty_cache()
 
@@ -142,7 +145,16 @@ def random_cache(hkv: int, d: int, num_blocks: int) -> tuple[Tensor, Tensor]:
 def time_decode(limits: dict[str, float]) -> None:
     configs = [
         tuning.AttentionConfig(16, block_t, warps, stages)
-        for block_t, warps, stages in [(64, 4, 1), (64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 4, 5), (32, 4, 2), (32, 2, 4), (64, 2, 3)]
+        for block_t, warps, stages in [
+            (64, 4, 1),
+            (64, 4, 2),
+            (64, 4, 3),
+            (64, 4, 4),
+            (64, 4, 5),
+            (32, 4, 2),
+            (32, 2, 4),
+            (64, 2, 3),
+        ]
     ]
     hkv, d = 8, 128
     for hq in (32,):
@@ -160,7 +172,7 @@ def time_decode(limits: dict[str, float]) -> None:
             for config, target in itertools.product(configs, (132, 264, 528)):
                 layout._TARGET_PROGRAMS = target
                 plan = attention.plan_decode(seq_lens, hkv)
-                tuning.decode_config = lambda *_, config=config: config
+                tuning.decode_config = lambda *_, config=config, **__: config
                 call = lambda i: attention.attention_decode(q, *caches[i % copies], tables, seq_lens, 0.1, 0, plan)  # noqa: E731
                 found.append((call_us(call, 2 * copies), (*config, target)))
             found.sort()
@@ -168,7 +180,7 @@ def time_decode(limits: dict[str, float]) -> None:
             limit = sum(lengths) * hkv * d * 4 / limits["read"] / 1e6
             text = "  ".join(f"{time:.1f} {config}" for time, config in found)
             print(f"decode hq={hq} B={batch} tokens={sum(lengths)}: limit {limit:.1f} | {text}", flush=True)
-            del caches
+            caches.clear()
             torch.cuda.empty_cache()
     seq_lens = torch.full((256,), 256, dtype=torch.int32, device="cuda")
     print(f"plan_decode B=256: {call_us(lambda i: attention.plan_decode(seq_lens, 8), 20):.1f} us")
@@ -178,7 +190,8 @@ def time_prefill(limits: dict[str, float]) -> None:
     configs = [
         tuning.AttentionConfig(block_r, block_t, warps, stages)
         for block_r, block_t, warps, stages in [
-            (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 4, 2), (128, 64, 4, 3), (64, 64, 4, 3), (128, 32, 4, 3), (256, 64, 8, 2),
+            (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 4, 2), (128, 64, 4, 3), (64, 64, 4, 3), (128, 32, 4, 3),
+            (256, 64, 8, 2),
         ]
     ]  # fmt: skip
     hq, hkv, d = 32, 8, 128
@@ -191,7 +204,7 @@ def time_prefill(limits: dict[str, float]) -> None:
         flops = 4 * hq * d * (chunk * prefix + chunk * chunk / 2)
         found = []
         for config in configs:
-            tuning.prefill_config = lambda *_, config=config: config
+            tuning.prefill_config = lambda *_, config=config, **__: config
             call = lambda i: attention.attention_prefill(q, *caches[i % 4], table, bounds, seq_lens, chunk, 0.1)  # noqa: E731
             try:
                 found.append((call_us(call, 4), tuple(config)))

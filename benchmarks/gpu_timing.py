@@ -44,7 +44,6 @@ def ceilings() -> dict[str, float]:
     other = torch.empty_like(big)
     read = call_us(lambda i: big.sum(), 3)
     copy = call_us(lambda i: other.copy_(big), 3)
-    del big, other
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.float16) for _ in range(2))
     product = call_us(lambda i: torch.mm(a, b), 10)
     return {"read": (4 << 30) / read / 1e6, "copy": (8 << 30) / copy / 1e6, "matmul": 2 * 8192**3 / product / 1e6}

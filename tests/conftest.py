@@ -1,10 +1,10 @@
-"""For every test: kernels are interpreted unless TRITON_INTERPRET=0, fresh memory holds NaN, one seed, no GPU no gpu tests."""
+"""For every test: kernels are interpreted unless TRITON_INTERPRET=0, one seed; without a GPU, no `gpu` tests."""
 
 import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -38,8 +38,7 @@ def _poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
 
 @pytest.fixture
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.empty and torch.empty_like give NaN (integers: the largest), so that an unwritten output is seen."""
     monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", _poisoned(torch.empty_like))
-    yield

@@ -94,7 +94,6 @@ def launch_rest(dtype: torch.dtype) -> None:
         meta(4, 128, dtype=torch.float32),
     )
     norm_weight, slots = meta(128, dtype=dtype), meta(4, dtype=torch.int64)
-    rotary.rope_store(qkv, cos_sin, slots, cache, cache)
     rotary.rope_store(qkv, cos_sin, slots, cache, cache, norm_weight, norm_weight)
     logits, numbers = meta(4, 128256, dtype=torch.float32), meta(4, dtype=torch.float32)
     wide, narrow = meta(4, dtype=torch.int64), meta(4, dtype=torch.int32)
@@ -103,33 +102,42 @@ def launch_rest(dtype: torch.dtype) -> None:
     sampling.penalize_(logits, seen, counts, numbers, numbers, numbers)
 
 
-def launch_all(capability: int) -> None:
-    """The shapes of an 8B and a 1.8B model on Hopper; elsewhere one of each kernel."""
-    is_hopper = capability >= launch.HOPPER
-    for dtype in (torch.float16, torch.bfloat16) if is_hopper else (torch.float16,):
-        launch_rest(dtype)
-        launch_attention(dtype, (32, 8, 128), is_prefill=False)
-        launch_attention(dtype, (32, 8, 128), is_prefill=True)
-        launch_linear(dtype, 1, 4096, 14336)
+def launch_each_once() -> None:
+    """Every kernel, in one form: enough to know that a card's code can be made."""
+    launch_rest(torch.float16)
+    for is_prefill in (False, True):
+        launch_attention(torch.float16, (32, 8, 128), is_prefill=is_prefill)
+    for rows in (1, 16):
+        norm_weight, weight = meta(2048), meta(2 * 8192, 2048)
+        linear.norm_linear_silu(meta(rows, 2048), norm_weight, 1e-5, weight)
+
+
+def launch_main_shapes() -> None:
+    """What an 8B and a 1.8B model use, and the head dims that need most registers."""
+    launch_rest(torch.float16)
+    launch_linear(torch.float16, 1, 4096, 14336)
+    launch_linear(torch.float16, 1, 2048, 8192)
+    for dtype in (torch.float16, torch.bfloat16):
         launch_linear(dtype, 16, 4096, 14336)
-    if is_hopper:
-        for heads in ((14, 2, 64), (32, 32, 80), (32, 8, 96), (8, 1, 256)):
-            launch_attention(torch.float16, heads, is_prefill=False)
-            launch_attention(torch.float16, heads, is_prefill=True, window=1000)
-        for rows in (1, 4):
-            launch_linear(torch.float16, rows, 2048, 8192)
+        for is_prefill in (False, True):
+            launch_attention(dtype, (32, 8, 128), is_prefill=is_prefill)
+    launch_attention(torch.float16, (32, 32, 80), is_prefill=False)
+    launch_attention(torch.float16, (8, 1, 256), is_prefill=False)
+    launch_attention(torch.float16, (8, 1, 256), is_prefill=True, window=1000)
 
 
 def main(capabilities: list[int]) -> None:
     def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         compiled = compile_for(capability, self, args, kwargs)
         found = {"kernel": self.fn.__name__, "capability": capability, **resources(compiled.asm["cubin"])}
+        found["shared"] = compiled.metadata.shared  # bytes; what is in the file leaves out what is asked for at launch
         print(json.dumps(found), flush=True)
 
     JITFunction.run = compile_instead
     for capability in capabilities:
-        launch.arch = lambda device, capability=capability: capability
-        launch_all(capability)
+        for module in (launch, linear, attention):
+            module.arch = lambda device, capability=capability: capability
+        launch_main_shapes() if capability >= launch.HOPPER else launch_each_once()
 
 
 if __name__ == "__main__":

@@ -39,7 +39,5 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     out = torch.empty((num_rows, width), dtype=gate_up.dtype, device=gate_up.device)
     if num_rows:
         grid = (num_rows, triton.cdiv(width, _BLOCK))
-        _silu_mul_kernel[grid](
-            gate_up, out, I=width, BLOCK=_BLOCK, num_warps=4, **dependent_launch(gate_up.device)
-        )
+        _silu_mul_kernel[grid](gate_up, out, I=width, BLOCK=_BLOCK, num_warps=4, **dependent_launch(gate_up.device))
     return out

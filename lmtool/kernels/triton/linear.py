@@ -14,13 +14,13 @@ from torch import Tensor
 from lmtool.errors import KernelError
 from lmtool.kernels.triton import tuning
 from lmtool.kernels.triton.activation import gated, silu_mul
-from lmtool.kernels.triton.launch import allow_next, arrival_counters, dependent_launch, wait_for_previous
+from lmtool.kernels.triton.launch import allow_next, arch, arrival_counters, dependent_launch, wait_for_previous
 from lmtool.kernels.triton.norm import rms_norm
 
 
 @triton.jit
 def _row_slice(x_ptr, norm_weight_ptr, o_k, K: tl.constexpr, NORM: tl.constexpr):
-    """x[o_k] as float32 → (times the norm's weight if there is one, its squares); divided by the root mean square later."""
+    """x[o_k] as float32, times the norm's weight if there is one; and the squares of x[o_k]."""
     x = tl.load(x_ptr + o_k, mask=o_k < K, other=0.0).to(tl.float32)
     squares = x * x
     if NORM:
@@ -60,10 +60,9 @@ def _row_kernel(
     tile = tl.load(rows, mask=mask, other=0.0, eviction_policy="evict_first")
     if GATED:
         up_tile = tl.load(rows + N * K, mask=mask, other=0.0, eviction_policy="evict_first")
+    added = tl.zeros([BLOCK_N], tl.float32)
     if BIAS:
-        added = tl.load(bias_ptr + o_n, mask=o_n < N, other=0.0).to(tl.float32)
-    else:
-        added = tl.zeros([BLOCK_N], tl.float32)
+        added += tl.load(bias_ptr + o_n, mask=o_n < N, other=0.0).to(tl.float32)
     wait_for_previous(PDL)
     x, squares = _row_slice(x_ptr, norm_weight_ptr, o_k, K, NORM)
     if ADD:
@@ -254,7 +253,7 @@ def _few_rows(
 
 def _launch_tiles(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, flags: dict[str, Any]) -> None:
     num_rows, num_out = out.shape
-    tile = tuning.tile_config(num_rows, num_out, x.shape[1], paired=flags["GATED"], itemsize=x.dtype.itemsize)
+    tile = tuning.tile_config(arch(x.device), num_out, x.shape[1], paired=flags["GATED"], itemsize=x.dtype.itemsize)
     num_partials = tile.split * num_rows * weight.shape[0] if tile.split > 1 else 0
     _tile_kernel[(triton.cdiv(num_out, tile.block_n), tile.split)](
         x,

@@ -1,4 +1,4 @@
-"""Rotary position embedding (arXiv 2104.09864, half-split pairs), the per-head norm before it and the K/V write after it."""
+"""Rotary embedding (arXiv 2104.09864, half-split pairs), the per-head norm before it, the K/V write after it."""
 
 import torch
 import triton
@@ -65,7 +65,7 @@ def _rope_store_kernel(
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (t, i): the i-th BLOCK_H heads of token t, where q heads, then k heads, then v heads are counted apart."""
+    """Program (t, i): the i-th part of token t: BLOCK_H q heads, or k heads, or v heads, counted in this order."""
     allow_next(PDL)
     wait_for_previous(PDL)
     token = tl.program_id(0).to(tl.int64)

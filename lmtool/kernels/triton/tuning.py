@@ -5,6 +5,8 @@ Nothing is tuned while serving; `benchmarks/gpu_kernels.py` prints the figures b
 
 from typing import NamedTuple
 
+_HOPPER = 90
+
 
 class RowConfig(NamedTuple):
     """One row of x against every weight row: each program holds ``block_n`` weight rows, ``block_k`` wide."""
@@ -56,10 +58,12 @@ def row_config(num_out: int, num_in: int, *, paired: bool) -> RowConfig:
     return RowConfig(2, block_k, 8 if block_k == 4096 else 4)
 
 
-def tile_config(num_rows: int, num_out: int, num_in: int, *, paired: bool, itemsize: int = 2) -> TileConfig:
-    """For 2 to max_rows rows."""
+def tile_config(capability: int, num_out: int, num_in: int, *, paired: bool, itemsize: int) -> TileConfig:
+    """For 2 to max_rows rows. Cards before Hopper have less shared memory: 64 KB on a 7.5, 99 KB on an 8.6."""
     if itemsize == 4:
         return TileConfig(32, 32, 4, 2, swap=False)
+    if capability < _HOPPER:
+        return TileConfig(64, 64, 4, 3)
     found = _TILES.get((num_out, num_in, paired))
     if found is not None:
         return found
@@ -77,28 +81,41 @@ def max_rows(num_out: int, num_in: int) -> int:
     return 32
 
 
-PREFETCH = True
-
-
 class AttentionConfig(NamedTuple):
-    """``block_r`` rows (queries × the heads that share a key), ``block_t`` keys a tile."""
+    """``block_r`` rows (queries × the heads that share a key), ``block_t`` keys a tile.
+
+    ``prefetch``: ask for the first tile before the wait for the previous kernel.
+    """
 
     block_r: int
     block_t: int
     num_warps: int
     num_stages: int
+    prefetch: bool = False
 
 
-def decode_config(batch_size: int, head_dim: int) -> AttentionConfig:
-    return AttentionConfig(16, 64, 4, 1)
+def decode_config(capability: int, batch_size: int, head_dim: int) -> AttentionConfig:
+    if capability < _HOPPER:
+        return AttentionConfig(16, 64 if head_dim <= 128 else 32, 4, 1)
+    if head_dim > 128:
+        return AttentionConfig(16, 64, 4, 2)
+    if batch_size <= 4:
+        return AttentionConfig(16, 64, 2, 2, prefetch=True)
+    return AttentionConfig(16, 64, 4, 1 if batch_size < 256 else 2)
 
 
-def prefill_config(num_rows: int, head_dim: int, itemsize: int) -> AttentionConfig:
+def prefill_config(capability: int, num_rows: int, head_dim: int, itemsize: int) -> AttentionConfig:
     """``num_rows``: queries × heads of the longest chunk."""
-    block_r = min(128, max(16, _power_of_two(num_rows)))
-    if head_dim > 128 or itemsize == 4:
-        block_r = min(64, block_r)
-    return AttentionConfig(block_r, 64 if itemsize == 2 else 32, 8 if block_r == 128 else 4, 2)
+    block_r = min(64, max(16, _power_of_two(num_rows)))
+    if capability < _HOPPER and itemsize == 2:
+        return AttentionConfig(min(block_r, 32), 32, 4, 2 if head_dim <= 128 else 1)
+    if itemsize == 4:
+        return AttentionConfig(block_r, 32, 4, 2)
+    if head_dim > 128:
+        return AttentionConfig(block_r, 32, 4, 2)
+    if num_rows >= 16384:
+        return AttentionConfig(128, 64, 4, 2)
+    return AttentionConfig(block_r, 64, 4, 3)
 
 
 def _power_of_two(number: int) -> int:

@@ -1,0 +1,54 @@
+"""One signature for each op: the door's, the reference's and Triton's."""
+
+import inspect
+from importlib import import_module
+from types import ModuleType
+
+import pytest
+import torch
+
+from lmtool import kernels
+
+FAMILIES = ("activation", "attention", "linear", "norm", "rotary", "sampling")
+NOT_OPS = {"DecodePlan", "force", "implementation"}
+# plain torch everywhere: nothing to fuse
+WITHOUT_TWINS = {"gather_logprobs"}
+OPS = sorted(set(kernels.__all__) - NOT_OPS - WITHOUT_TWINS)
+
+
+def ops_of(module: ModuleType) -> dict[str, object]:
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if inspect.isfunction(value) and not name.startswith("_") and name in OPS
+    }
+
+
+def implementations(kind: str) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for family in FAMILIES:
+        found |= ops_of(import_module(f"lmtool.kernels.{kind}.{family}"))
+    return found
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("kind", ["reference", "triton"])
+def test_a_twin_has_the_doors_signature(op, kind):
+    door, twin = getattr(kernels, op), implementations(kind)[op]
+    assert inspect.signature(twin) == inspect.signature(door)
+    assert door.__doc__, f"{op} says no shapes"
+
+
+def test_every_reference_op_stands_behind_the_door():
+    for family in FAMILIES:
+        module = import_module(f"lmtool.kernels.reference.{family}")
+        own = {n for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__}
+        assert {name for name in own if not name.startswith("_")} <= set(OPS)
+
+
+def test_a_cpu_is_served_by_the_reference_and_force_overrides():
+    device = torch.device("cpu")
+    assert kernels.implementation("norm", device).__name__ == "lmtool.kernels.reference.norm"
+    assert kernels.implementation("norm", torch.device("cuda")).__name__ == "lmtool.kernels.triton.norm"
+    with kernels.force("triton"):
+        assert kernels.implementation("norm", device).__name__ == "lmtool.kernels.triton.norm"
