@@ -22,9 +22,8 @@ def draw(report: Report, path: Path) -> None:
         raise InputError("nothing in the report stands beside a limit", "--png needs a run of `lmtool bench offline`")
     points = _points(report)
     figure = Figure(figsize=(12 if points else 7, 2.5 + 0.35 * max(len(shares), 4)), layout="constrained")
-    figure.suptitle(
-        f"{report.model} {report.weights} · {report.device} · {report.engine} {report.commit or ''}".rstrip()
-    )
+    made_by = f"{report.engine} {report.commit or ''}".rstrip()
+    figure.suptitle(f"{report.model} {report.weights} · {made_by}\n{report.device}", fontsize=10)
     panels = figure.subplots(1, 2 if points else 1, squeeze=False)[0]
     _draw_shares(panels[-1], shares)
     if points:
