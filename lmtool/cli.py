@@ -110,6 +110,8 @@ def _add_to_commands(group: Any, verbose: Any) -> None:
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command line (default: the process's own) and return its exit code."""
     log.setup()
+    # threads that spin while they wait let one busy neighbour slow a CPU decode ten times and more (docs/log.md)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = argv.translate(sys.argv[1:] if args is None else args)
     try:
         code = build().main(words, prog_name="lmtool", standalone_mode=False)

@@ -83,7 +83,7 @@ class Int4Cpu(_CpuCodes):
     else expanded for each call.
     """
 
-    MAX_PACKED_ROWS = 24  # measured: docs/log.md, 2026-11-21, "CPU products by row count"
+    MAX_PACKED_ROWS = 48  # measured: docs/log.md, 2026-11-21, "CPU products by row count"
 
     def __init__(
         self, codes: Tensor, scale: Tensor, minimum: Tensor, bias: Tensor | None = None, *, keep_dense: bool = True
