@@ -61,3 +61,13 @@ class StepOutput:
 
     token_ids: list[int]
     logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Done:
+    """A step that was over when its launch returned."""
+
+    output: StepOutput
+
+    def read(self) -> StepOutput:
+        return self.output

@@ -1,9 +1,11 @@
-"""`EngineCore.step()` = schedule → run → finish. Ids only: knows neither text nor threads nor HTTP."""
+"""`EngineCore.step()` = schedule → launch → read → finish. Ids only: knows neither text nor threads nor HTTP."""
 
 import logging
+from collections import deque
 from dataclasses import dataclass
 
-from lmtool.engine.executor import Executor
+from lmtool.engine.batch import Batch
+from lmtool.engine.executor import Executor, Pending
 from lmtool.engine.scheduler import Scheduler
 from lmtool.engine.sequence import Request, Sequence, TokenLogprob
 from lmtool.errors import EngineError, LmtoolError
@@ -29,9 +31,11 @@ class EngineCore:
         self.session_len = session_len
         self._executor = executor
         self._sequences: dict[int, Sequence] = {}
+        self._launched: deque[tuple[Batch, Pending]] = deque()  # and not read yet, oldest first
 
     @property
     def has_work(self) -> bool:
+        """A launched step that nobody waits for is no work."""
         return self.scheduler.has_work
 
     def add(self, request: Request) -> None:
@@ -48,20 +52,39 @@ class EngineCore:
         return TokenOutput(request_id, None, "abort", num_cached_tokens=sequence.num_cached_tokens)
 
     def step(self) -> list[TokenOutput]:
-        """One step. What breaks in it ends the requests that were in it, with the error; the engine lives on."""
+        """Launch one step, then read the oldest one if more than the executor's depth are launched.
+
+        What breaks in a step ends the requests that were in it, with the error; the engine lives on.
+        """
+        outputs: list[TokenOutput] = []
         batch = self.scheduler.schedule()
+        if batch.num_tokens:
+            try:
+                self._launched.append((batch, self._executor.launch(batch)))
+            except Exception as error:  # whatever a step raises must not end the others' requests
+                outputs += self._fail(batch, error)
+        if self._launched and (len(self._launched) > self._executor.depth or not batch.num_tokens):
+            outputs += self._read(*self._launched.popleft())
+        return outputs
+
+    def _read(self, batch: Batch, pending: Pending) -> list[TokenOutput]:
         try:
-            output = self._executor.run(batch)
-        except Exception as error:  # whatever a step raises must not end the others' requests
-            _log.debug("a step failed", exc_info=True)
-            failed = self.scheduler.fail(batch)
-            reported = error if isinstance(error, LmtoolError) else EngineError(f"a step failed: {_one_line(error)}")
-            return [self._end(sequence, reported) for sequence in failed]
-        slots = batch.sampled_slots
+            output = pending.read()
+        except Exception as error:
+            return self._fail(batch, error)
         touched = self.scheduler.finish(batch, output)
+        if not output.logprobs:
+            return [self._report(sequence, None) for sequence in touched if sequence is not None]
         return [
-            self._report(sequence, output.logprobs.get(slot)) for slot, sequence in zip(slots, touched, strict=True)
+            self._report(sequence, output.logprobs.get(slot))
+            for slot, sequence in zip(batch.sampled_slots, touched, strict=True)
+            if sequence is not None
         ]
+
+    def _fail(self, batch: Batch, error: Exception) -> list[TokenOutput]:
+        _log.debug("a step failed", exc_info=error)
+        reported = error if isinstance(error, LmtoolError) else EngineError(f"a step failed: {_one_line(error)}")
+        return [self._end(sequence, reported) for sequence in self.scheduler.fail(batch)]
 
     def _report(self, sequence: Sequence, logprob: TokenLogprob | None) -> TokenOutput:
         if sequence.finish_reason is not None:
@@ -79,6 +102,7 @@ class EngineCore:
         return TokenOutput(sequence.request.request_id, None, "error", error=error)
 
     def close(self) -> None:
+        self._launched.clear()
         self._executor.close()
 
 

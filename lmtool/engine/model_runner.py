@@ -1,8 +1,8 @@
-"""One rank: device, decoder, cache, sampler. Knows no queue, no HTTP, no other rank's process."""
+"""One rank on a CPU: decoder, cache, sampler; a step is over when it returns. Knows no queue and no HTTP."""
 
 import torch
 
-from lmtool.engine.batch import Batch, StepOutput
+from lmtool.engine.batch import Batch, Done, StepOutput
 from lmtool.engine.inputs import SlotTables
 from lmtool.engine.kv_cache import CachePlan, allocate_cache
 from lmtool.engine.sampler import Sampler
@@ -12,6 +12,8 @@ from lmtool.models.decoder import Decoder
 class ModelRunner:
     """Runs one `Batch` at a time; holds the tables that a batch changes."""
 
+    depth = 0
+
     def __init__(self, decoder: Decoder, plan: CachePlan, *, max_batch_size: int) -> None:
         self.decoder = decoder
         self.plan = plan
@@ -20,6 +22,9 @@ class ModelRunner:
         max_blocks = -(-plan.session_len // plan.block_size)
         self._tables = SlotTables(max_batch_size, max_blocks, plan.block_size, device)
         self._sampler = Sampler(max_batch_size, decoder.config.vocab_size, device)
+
+    def launch(self, batch: Batch) -> Done:
+        return Done(self.run(batch))
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepOutput:

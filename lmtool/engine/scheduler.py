@@ -1,11 +1,15 @@
 """Who computes what in the next step: decodes first, then prompt chunks, under a token budget. Ints only.
 
-When blocks run out the youngest sequence is preempted: its blocks are freed and it is computed again later.
+A step may be scheduled before the ones before it were read: their tokens count as existing, and only their number is
+used. When blocks run out the youngest sequence is preempted: its blocks are freed and it is computed again later.
 Knows neither torch nor models nor text.
+
+Slots and blocks are handed out again as soon as they are given up, also while launched steps still use them: the
+device runs steps in their order, so whoever gets them writes after the last one who reads or writes them.
 """
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lmtool.engine.batch import Batch, Chunk, Join, StepOutput
 from lmtool.engine.block_manager import BlockManager
@@ -23,16 +27,48 @@ class Counters:
     num_generated_tokens: int = 0
 
 
+@dataclass(slots=True)
+class _Part:
+    """A sequence's share of a launched step. life: its ``num_preemptions`` then; end: how much is computed after it."""
+
+    sequence: Sequence
+    life: int
+    end: int
+    samples: bool
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A launched step: parts in the order of the batch's decodes and chunks."""
+
+    batch: Batch
+    decodes: list[_Part] = field(default_factory=list)
+    chunks: list[_Part] = field(default_factory=list)
+
+    @property
+    def parts(self) -> list[_Part]:
+        return self.decodes + self.chunks
+
+
 class Scheduler:
-    def __init__(self, blocks: BlockManager, *, max_batch_size: int, max_batched_tokens: int) -> None:
+    """join_group: while all slots are taken and others wait, sequences start so many at a time.
+
+    A step with a prompt in it costs more than one without; where there is a queue anyway, a few of them at once are
+    cheaper than one in each step.
+    """
+
+    def __init__(
+        self, blocks: BlockManager, *, max_batch_size: int, max_batched_tokens: int, join_group: int = 1
+    ) -> None:
         self.blocks = blocks
         self.max_batched_tokens = max_batched_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.counters = Counters()
+        self._join_group = join_group
         self._free_slots = list(range(max_batch_size - 1, -1, -1))
-        self._by_slot: dict[int, Sequence] = {}
         self._left: list[int] = []  # slots given up since the last batch
+        self._flights: deque[_Flight] = deque()
 
     @property
     def has_work(self) -> bool:
@@ -43,65 +79,75 @@ class Scheduler:
 
     def abort(self, sequence: Sequence) -> None:
         """End it at once, whatever it is doing; its blocks are free when this returns."""
-        if sequence.finish_reason is not None:
-            return
-        sequence.finish_reason = "abort"
-        if sequence in self.running:
-            self._release(sequence, keep=True)
-        else:
-            self.waiting.remove(sequence)
+        if sequence.finish_reason is None:
+            sequence.finish_reason = "abort"
+            self._leave(sequence, keep=True)
 
     # ------------------------------------------------------------------ schedule
     def schedule(self) -> Batch:
-        """The next step. Empty only when nothing is waiting or running."""
-        batch = Batch()
+        """The next step. Without tokens only when nothing waits or runs, or all of it waits for a step to be read."""
+        flight = _Flight(Batch())
         budget = self.max_batched_tokens
-        decoding = [s for s in self.running if s.num_uncomputed_tokens == 1]
-        prefilling = [s for s in self.running if s.num_uncomputed_tokens > 1]
-        for sequence in decoding + prefilling:
+        # decodes come first by themselves: nobody starts behind a prompt that the budget has cut
+        for sequence in [s for s in self.running if not self._must_wait(s)]:
             if budget > 0 and sequence.slot >= 0:  # an earlier one may have preempted it
-                budget -= self._continue(sequence, budget, batch)
-        while self.waiting and self._free_slots and budget > 0:
-            num_tokens = self._start(self.waiting[0], budget, batch)
+                budget -= self._continue(sequence, budget, flight)
+        while budget > 0 and self._may_join(flight.batch):
+            num_tokens = self._start(self.waiting[0], budget, flight)
             if num_tokens == 0:
                 break
             budget -= num_tokens
-        batch.leaves, self._left = self._left, []
-        return batch
+        if flight.decodes or flight.chunks:
+            flight.batch.leaves, self._left = self._left, []
+            self._flights.append(flight)
+        return flight.batch
 
-    def _continue(self, sequence: Sequence, budget: int, batch: Batch) -> int:
+    @staticmethod
+    def _must_wait(sequence: Sequence) -> bool:
+        """For a step to be read: its last token is on the way, or what may come next depends on one that is."""
+        in_flight = sequence.num_inflight_tokens
+        return in_flight > 0 and (
+            len(sequence.token_ids) + in_flight >= sequence.most_tokens or sequence.needs_known_tokens
+        )
+
+    def _may_join(self, batch: Batch) -> bool:
+        if not self.waiting or not self._free_slots or self.waiting[0].num_inflight_tokens:
+            return False
+        enough = min(self._join_group, len(self.waiting), len(self.running) + 1)
+        return bool(batch.joins) or len(self._free_slots) >= enough
+
+    def _continue(self, sequence: Sequence, budget: int, flight: _Flight) -> int:
         count = min(sequence.num_uncomputed_tokens, budget)
-        while not self._grow(sequence, sequence.num_computed_tokens + count, batch):
+        while not self._grow(sequence, sequence.num_computed_tokens + count, flight.batch):
             victim = self.running[-1]
-            self._preempt(victim, batch)
+            self._preempt(victim, flight)
             if victim is sequence:
                 return 0
-        self._enter(sequence, count, batch)
+        self._enter(sequence, count, flight)
         return count
 
-    def _start(self, sequence: Sequence, budget: int, batch: Batch) -> int:
+    def _start(self, sequence: Sequence, budget: int, flight: _Flight) -> int:
         blocks, hashes, num_cached = self.blocks.match(sequence.token_ids)
         count = min(sequence.num_tokens - num_cached, budget)
         needed = self.blocks.blocks_for(num_cached + count) - len(blocks)
         # one block is left for each running sequence, so that starting this one does not at once preempt another
-        if needed + (len(self.running) if self.running else 0) > self.blocks.num_free:
+        if needed + len(self.running) > self.blocks.num_free:
             self._return_match(sequence, blocks, hashes, num_cached)
             return 0
         self.waiting.popleft()
         sequence.slot = self._free_slots.pop()
-        self._by_slot[sequence.slot] = sequence
         self.running.append(sequence)
         sequence.block_table, sequence.block_hashes = blocks, hashes
-        sequence.num_computed_tokens = num_cached
+        sequence.num_computed_tokens = sequence.num_finished_tokens = num_cached
         if sequence.num_preemptions == 0:
             sequence.num_cached_tokens = num_cached
             self.counters.num_prompt_tokens += sequence.num_prompt_tokens
             self.counters.num_cached_tokens += num_cached
         answer = tuple(sequence.token_ids[sequence.num_prompt_tokens :])
-        batch.joins.append(Join(sequence.slot, sequence.request, answer))
-        batch.new_blocks.extend((sequence.slot, i, block) for i, block in enumerate(blocks))
-        self._grow(sequence, num_cached + count, batch)
-        self._enter(sequence, count, batch)
+        flight.batch.joins.append(Join(sequence.slot, sequence.request, answer))
+        flight.batch.new_blocks.extend((sequence.slot, i, block) for i, block in enumerate(blocks))
+        self._grow(sequence, num_cached + count, flight.batch)
+        self._enter(sequence, count, flight, joined=True)
         return count
 
     def _return_match(self, sequence: Sequence, blocks: list[int], hashes: list[bytes], num_cached: int) -> None:
@@ -114,93 +160,106 @@ class Scheduler:
     def _grow(self, sequence: Sequence, num_tokens: int, batch: Batch) -> bool:
         """Give the sequence blocks for ``num_tokens``; False where there are not enough."""
         have = len(sequence.block_table)
+        if num_tokens <= have * self.blocks.block_size:
+            return True
         needed = self.blocks.blocks_for(num_tokens) - have
         if needed > self.blocks.num_free:
             return False
-        if needed > 0:
-            new = self.blocks.allocate(needed)
-            batch.new_blocks.extend((sequence.slot, have + i, block) for i, block in enumerate(new))
-            sequence.block_table.extend(new)
+        new = self.blocks.allocate(needed)
+        batch.new_blocks.extend((sequence.slot, have + i, block) for i, block in enumerate(new))
+        sequence.block_table.extend(new)
         return True
 
-    def _enter(self, sequence: Sequence, count: int, batch: Batch) -> None:
+    def _enter(self, sequence: Sequence, count: int, flight: _Flight, *, joined: bool = False) -> None:
         start = sequence.num_computed_tokens
-        samples = start + count == sequence.num_tokens
+        end = start + count
+        samples = end == sequence.num_tokens
+        part = _Part(sequence, sequence.num_preemptions, end, samples)
+        batch = flight.batch
         if samples and sequence.request.bad_ids:
             batch.bans.extend((sequence.slot, token_id) for token_id in sequence.banned_next())
-        if samples and count == 1 and sequence.num_generated_tokens > 0 and not self._joined(sequence, batch):
+        if samples and count == 1 and start >= sequence.num_prompt_tokens and not joined:
             batch.decodes.append(sequence.slot)
             batch.positions.append(start)
+            flight.decodes.append(part)
         else:
-            token_ids = sequence.token_ids[start : start + count].tolist()
-            batch.chunks.append(Chunk(sequence.slot, start, token_ids, samples))
+            batch.chunks.append(Chunk(sequence.slot, start, sequence.token_ids[start:end].tolist(), samples))
+            flight.chunks.append(part)
+        sequence.num_computed_tokens = end
+        sequence.num_inflight_tokens += samples
 
-    @staticmethod
-    def _joined(sequence: Sequence, batch: Batch) -> bool:
-        return any(join.slot == sequence.slot for join in batch.joins)
-
-    def _preempt(self, victim: Sequence, batch: Batch) -> None:
-        batch.new_blocks = [change for change in batch.new_blocks if change[0] != victim.slot]
-        batch.bans = [ban for ban in batch.bans if ban[0] != victim.slot]
-        if victim.slot in batch.decodes:
-            at = batch.decodes.index(victim.slot)
-            del batch.decodes[at], batch.positions[at]
-        batch.chunks = [chunk for chunk in batch.chunks if chunk.slot != victim.slot]
-        self._release(victim, keep=False)
-        victim.num_computed_tokens = 0
+    def _preempt(self, victim: Sequence, flight: _Flight) -> None:
+        assert all(part.sequence is not victim for part in flight.parts), "the youngest enters last"
+        self._leave(victim, keep=False)
+        victim.num_computed_tokens = victim.num_finished_tokens = 0
         victim.num_preemptions += 1
         self.counters.num_preemptions += 1
         self.waiting.appendleft(victim)
 
     # ------------------------------------------------------------------ finish
-    def finish(self, batch: Batch, output: StepOutput) -> list[Sequence]:
-        """Take in what came out of ``batch``; returns the sequences that got a token, in `sampled_slots`' order."""
+    def finish(self, batch: Batch, output: StepOutput) -> list[Sequence | None]:
+        """Take in what came out of ``batch``, the oldest that is not finished.
+
+        Returns for each of its `sampled_slots` the sequence that got the token; None: it had ended before, and the
+        step that was launched for it meanwhile is wasted.
+        """
+        flight = self._flights.popleft()
+        assert flight.batch is batch, "steps are finished in the order in which they were scheduled"
         self.counters.num_steps += 1
-        for slot in batch.decodes:
-            self._advance(slot, 1)
-        for chunk in batch.chunks:
-            self._advance(chunk.slot, len(chunk.token_ids))
-        touched = []
-        for slot, token_id in zip(batch.sampled_slots, output.token_ids, strict=True):
-            sequence = self._by_slot.get(slot)
-            assert sequence is not None, "slots are given up between steps only"
-            sequence.append(token_id)
-            self.counters.num_generated_tokens += 1
-            touched.append(sequence)
-            if sequence.finish_reason is not None:
-                self._release(sequence, keep=True)
+        touched: list[Sequence | None] = []
+        token_ids = iter(output.token_ids)
+        for part in flight.parts:
+            sequence = part.sequence
+            over = sequence.finish_reason is not None
+            if not over and part.life == sequence.num_preemptions:
+                sequence.num_finished_tokens = part.end
+                if part.end >= (len(sequence.block_hashes) + 1) * self.blocks.block_size:
+                    self._publish(sequence)
+            if not part.samples:
+                continue
+            token_id = next(token_ids)
+            sequence.num_inflight_tokens -= 1
+            touched.append(None if over else sequence)
+            if not over:
+                sequence.append(token_id)
+                self.counters.num_generated_tokens += 1
+                if sequence.finish_reason is not None:
+                    self._leave(sequence, keep=True)
         return touched
 
     def fail(self, batch: Batch) -> list[Sequence]:
         """The step broke: end every sequence that was in it, keep nothing it may have written."""
-        slots = set(batch.decodes) | {chunk.slot for chunk in batch.chunks}
-        failed = [s for s in self.running if s.slot in slots]
+        flight = next(flight for flight in self._flights if flight.batch is batch)
+        self._flights.remove(flight)
+        failed = [part.sequence for part in flight.parts if part.sequence.finish_reason is None]
+        for part in flight.parts:
+            part.sequence.num_inflight_tokens -= part.samples
         for sequence in failed:
             sequence.finish_reason = "error"
-            self._release(sequence, keep=False)
+            self._leave(sequence, keep=False)
         return failed
 
-    def _advance(self, slot: int, count: int) -> None:
-        sequence = self._by_slot[slot]
-        sequence.num_computed_tokens += count
+    def _publish(self, sequence: Sequence) -> None:
+        """Full blocks may be found by others once the step that filled them was read."""
         size = self.blocks.block_size
-        while (len(sequence.block_hashes) + 1) * size <= sequence.num_computed_tokens:
-            i = len(sequence.block_hashes)
+        for i in range(len(sequence.block_hashes), sequence.num_finished_tokens // size):
             parent = sequence.block_hashes[-1] if i else b""
             tokens = sequence.token_ids[i * size : (i + 1) * size]
             sequence.block_hashes.append(self.blocks.publish(sequence.block_table[i], parent, tokens))
 
-    def _release(self, sequence: Sequence, *, keep: bool) -> None:
-        """Give up slot and blocks. keep: what was computed may be found again."""
+    def _leave(self, sequence: Sequence, *, keep: bool) -> None:
+        """Out of `running` or `waiting`; slot and blocks are given up. keep: what was computed may be found again."""
+        if sequence.slot < 0:
+            self.waiting.remove(sequence)
+            return
         num_full = len(sequence.block_hashes)
         if keep and len(sequence.block_table) > num_full:
             parent = sequence.block_hashes[-1] if num_full else b""
-            rest = sequence.token_ids[num_full * self.blocks.block_size : sequence.num_computed_tokens]
+            rest = sequence.token_ids[num_full * self.blocks.block_size : sequence.num_finished_tokens]
             self.blocks.publish_tail(sequence.block_table[num_full], parent, rest)
         self.blocks.free(sequence.block_table)
         sequence.block_table, sequence.block_hashes = [], []
         self.running.remove(sequence)
-        del self._by_slot[sequence.slot]
         self._free_slots.append(sequence.slot)
         self._left.append(sequence.slot)
         sequence.slot = -1

@@ -36,13 +36,23 @@ class TokenLogprob:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """Counters are of tokens. ``num_computed_tokens`` of them have K and V in ``block_table``'s blocks."""
+    """Counters are of tokens.
+
+    token_ids              what is known: the prompt and the answer as far as it was read
+    num_inflight_tokens    sampled by steps that were launched and not yet read; they follow ``token_ids``
+    num_computed_tokens    have K and V in ``block_table``'s blocks once every launched step has run
+    num_finished_tokens    have it now: the steps that computed them were read
+    """
 
     request: Request
     token_ids: array[int] = field(init=False)
     num_prompt_tokens: int = field(init=False)
+    most_tokens: int = field(init=False)  # prompt and answer
+    needs_known_tokens: bool = field(init=False)
     max_tokens: int = 0
+    num_inflight_tokens: int = 0
     num_computed_tokens: int = 0
+    num_finished_tokens: int = 0
     num_cached_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
@@ -53,10 +63,17 @@ class Sequence:
     def __post_init__(self) -> None:
         self.token_ids = array("q", self.request.prompt_ids)
         self.num_prompt_tokens = len(self.token_ids)
+        max_new_tokens = self.request.params.max_new_tokens
+        self.most_tokens = self.max_tokens
+        if max_new_tokens is not None:
+            self.most_tokens = min(self.max_tokens, self.num_prompt_tokens + max_new_tokens)
+        # a ban that depends on the token before it can be worked out only when that token is known
+        self.needs_known_tokens = any(len(bad) > 1 for bad in self.request.bad_ids)
 
     @property
     def num_tokens(self) -> int:
-        return len(self.token_ids)
+        """Known and in flight."""
+        return len(self.token_ids) + self.num_inflight_tokens
 
     @property
     def num_generated_tokens(self) -> int:
@@ -64,7 +81,7 @@ class Sequence:
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        return len(self.token_ids) - self.num_computed_tokens
+        return len(self.token_ids) + self.num_inflight_tokens - self.num_computed_tokens
 
     def banned_next(self) -> list[int]:
         """Ids that would complete one of the request's bad sequences."""
@@ -78,10 +95,9 @@ class Sequence:
     def append(self, token_id: int) -> None:
         """Take the next token; sets ``finish_reason`` when it is the last one."""
         self.token_ids.append(token_id)
-        params = self.request.params
-        if token_id in self.request.stop_ids and self.num_generated_tokens > params.min_new_tokens:
+        num_tokens = len(self.token_ids)
+        if token_id in self.request.stop_ids and self.num_generated_tokens > self.request.params.min_new_tokens:
             self.finish_reason = "stop"
-        elif params.max_new_tokens is not None and self.num_generated_tokens >= params.max_new_tokens:
-            self.finish_reason = "length"
-        elif self.num_tokens >= self.max_tokens:
-            self.finish_reason = "context"
+        elif num_tokens >= self.most_tokens:
+            full = num_tokens - self.num_prompt_tokens == self.request.params.max_new_tokens
+            self.finish_reason = "length" if full else "context"

@@ -1,5 +1,7 @@
 """Scheduling, sharing, preemption and abort over a cache that remembers tokens: no model in sight."""
 
+from random import Random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,10 +17,18 @@ BLOCK_SIZE = 4
 SESSION_LEN = 40
 
 
-def make_core(num_blocks: int, *, batch: int = 4, budget: int = 8, prefix_caching: bool = True) -> EngineCore:
+def make_core(
+    num_blocks: int,
+    *,
+    batch: int = 4,
+    budget: int = 8,
+    prefix_caching: bool = True,
+    depth: int = 0,
+    join_group: int = 1,
+) -> EngineCore:
     blocks = BlockManager(num_blocks, BLOCK_SIZE, prefix_caching=prefix_caching)
-    scheduler = Scheduler(blocks, max_batch_size=batch, max_batched_tokens=budget)
-    return EngineCore(scheduler, MemoryExecutor(num_blocks, BLOCK_SIZE), session_len=SESSION_LEN)
+    scheduler = Scheduler(blocks, max_batch_size=batch, max_batched_tokens=budget, join_group=join_group)
+    return EngineCore(scheduler, MemoryExecutor(num_blocks, BLOCK_SIZE, depth), session_len=SESSION_LEN)
 
 
 def check(core: EngineCore) -> None:
@@ -28,6 +38,16 @@ def check(core: EngineCore) -> None:
 # prompts over two letters share beginnings often
 prompts = st.lists(st.integers(0, 1), min_size=1, max_size=20)
 jobs = st.lists(st.tuples(prompts, st.integers(1, 15), st.integers(0, 12)), min_size=1, max_size=12)
+# stops after some token (or never), and bans that can be worked out only when the token before is known
+stops = st.lists(st.integers(0, 49), max_size=12)
+# the bans never come true here (the executor ignores them): they hold a sequence back until its token is read
+late_bans = st.sets(st.integers(0, 11))
+
+
+def expected_until_stop(prompt: list[int], count: int, stop_ids: list[int]) -> list[int]:
+    answer = expected_answer(prompt, count)
+    ends = [i for i, token_id in enumerate(answer) if token_id in stop_ids]
+    return answer[: ends[0] + 1] if ends else answer
 
 
 @given(
@@ -37,8 +57,12 @@ jobs = st.lists(st.tuples(prompts, st.integers(1, 15), st.integers(0, 12)), min_
     budget=st.integers(1, 30),
     aborts=st.sets(st.tuples(st.integers(0, 11), st.integers(0, 60))),
     prefix_caching=st.booleans(),
+    depth=st.integers(0, 2),
+    join_group=st.integers(1, 3),
+    stop_ids=stops,
+    banned=late_bans,
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_every_answer_is_what_it_would_be_alone(
     jobs: list[tuple[list[int], int, int]],
     num_blocks: int,
@@ -46,16 +70,24 @@ def test_every_answer_is_what_it_would_be_alone(
     budget: int,
     aborts: set[tuple[int, int]],
     prefix_caching: bool,
+    depth: int,
+    join_group: int,
+    stop_ids: list[int],
+    banned: set[int],
 ) -> None:
-    """Random arrivals, aborts, budgets and caches too small for all: nothing mixes, nothing leaks."""
-    core = make_core(num_blocks, batch=batch, budget=budget, prefix_caching=prefix_caching)
+    """Random arrivals, aborts, stops, budgets and caches too small for all, steps launched before others are read:
+    nothing mixes, nothing leaks."""
+    core = make_core(
+        num_blocks, batch=batch, budget=budget, prefix_caching=prefix_caching, depth=depth, join_group=join_group
+    )
     answers: dict[int, list[int]] = {i: [] for i in range(len(jobs))}
     aborted = set()
     late = {i: arrival for i, (_, _, arrival) in enumerate(jobs)}
     step = 0
     while core.has_work or late:
         for i in [i for i, arrival in late.items() if arrival <= step]:
-            core.add(request(i, jobs[i][0], max_new_tokens=jobs[i][1]))
+            bad_ids = ((7, 8),) if i in banned else ()
+            core.add(request(i, jobs[i][0], max_new_tokens=jobs[i][1], stop_token_ids=stop_ids, bad_ids=bad_ids))
             del late[i]
         for i, when in aborts:
             if when == step and core.abort(i) is not None:
@@ -66,7 +98,7 @@ def test_every_answer_is_what_it_would_be_alone(
         step += 1
         assert step < 3000, "the engine does not finish"
     for i, (prompt, count, _) in enumerate(jobs):
-        expected = expected_answer(prompt, count)
+        expected = expected_until_stop(prompt, count, stop_ids)
         assert answers[i] == (expected[: len(answers[i])] if i in aborted else expected)
     blocks = core.scheduler.blocks
     assert blocks.num_free == num_blocks - 1
@@ -151,9 +183,10 @@ def test_how_an_answer_ends() -> None:
     assert [len(answers[i]) for i in range(4)] == [first, 2, SESSION_LEN - len(prompt), 5]
 
 
+@pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("bad", [((7,),), ((3, 7), (9,))])
-def test_bad_sequences_are_banned_where_they_would_be_completed(bad: tuple[tuple[int, ...], ...]) -> None:
-    core = make_core(30, budget=64)
+def test_bad_sequences_are_banned_where_they_would_be_completed(bad: tuple[tuple[int, ...], ...], depth: int) -> None:
+    core = make_core(30, budget=64, depth=depth)
     core.add(request(0, [1, 2], max_new_tokens=6, bad_ids=bad))
     while core.has_work:
         core.step()
@@ -161,3 +194,72 @@ def test_bad_sequences_are_banned_where_they_would_be_completed(bad: tuple[tuple
     for i, batch in enumerate(core._executor.batches):  # type: ignore[attr-defined]
         wanted = [b[-1] for b in bad if len(b) == 1 or (i > 0 and (answer[i - 1],) == b[:-1])]
         assert [token for _, token in batch.bans] == wanted
+
+
+# ---------------------------------------------------------------------- launched before others are read
+def test_the_next_step_is_launched_before_the_last_one_is_read() -> None:
+    core = make_core(30, budget=64, depth=1)
+    core.add(request(0, [1, 0], max_new_tokens=4))
+    assert core.step() == []
+    launched = core._executor.batches  # type: ignore[attr-defined]
+    for number in range(4):
+        outputs = core.step()
+        assert len(outputs) == 1
+        assert len(launched) == min(number + 2, 4)  # the fourth token is known to be the last: nothing is wasted
+    assert not core.has_work
+
+
+def test_what_was_launched_for_a_sequence_that_had_stopped_is_dropped() -> None:
+    answer = expected_answer([1, 0], 4)
+    core = make_core(30, batch=1, budget=64, depth=1)
+    core.add(request(0, [1, 0], max_new_tokens=9, stop_token_ids=(answer[1],)))
+    core.add(request(1, [0, 0], max_new_tokens=3))
+    answers: dict[int, list[int]] = {0: [], 1: []}
+    while core.has_work:
+        collect(core.step(), answers)
+        check(core)
+    assert answers == {0: answer[: answer.index(answer[1]) + 1], 1: expected_answer([0, 0], 3)}
+
+
+def test_a_step_that_breaks_when_it_is_read_ends_its_requests_and_no_others() -> None:
+    core = make_core(30, batch=2, budget=64, depth=1)
+    for i in range(3):
+        core.add(request(i, [i, 1], max_new_tokens=4))
+    assert core.step() == []
+    core._executor.fail_next = True  # type: ignore[attr-defined]
+    outputs = core.step()
+    assert sorted(o.request_id for o in outputs) == [0, 1]
+    assert all(isinstance(o.error, EngineError) for o in outputs)
+    check(core)
+    answers: dict[int, list[int]] = {2: []}
+    while core.has_work:
+        collect(core.step(), answers)
+    assert answers[2] == expected_answer([2, 1], 4)
+
+
+def test_while_others_wait_for_slots_sequences_start_in_groups() -> None:
+    core = make_core(60, batch=4, budget=64, depth=1, join_group=2)
+    jobs = {i: ([i], 3 + i) for i in range(9)}
+    answers = run_all(core, [request(i, p, max_new_tokens=n) for i, (p, n) in jobs.items()])
+    assert answers == {i: expected_answer(p, n) for i, (p, n) in jobs.items()}
+    joins = [len(b.joins) for b in core._executor.batches if b.joins]  # type: ignore[attr-defined]
+    assert joins == [4, 2, 2, 1]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_preempted_while_its_tokens_are_on_the_way(depth: int) -> None:
+    """They are read first; then it starts again with them."""
+    on_the_way = 0
+    for seed in range(60):
+        random = Random(seed)
+        core = make_core(12, batch=5, budget=64, depth=depth)
+        jobs = {i: ([i, 1] * random.randint(1, 4), random.randint(1, 20)) for i in range(8)}
+        for i, (prompt, count) in jobs.items():
+            core.add(request(i, prompt, max_new_tokens=count))
+        answers: dict[int, list[int]] = {i: [] for i in jobs}
+        while core.has_work:
+            collect(core.step(), answers)
+            check(core)
+            on_the_way += sum(s.num_inflight_tokens for s in core.scheduler.waiting)
+        assert answers == {i: expected_answer(*job) for i, job in jobs.items()}
+    assert depth == 1 or on_the_way > 0  # with a depth of one they are read in the same step
