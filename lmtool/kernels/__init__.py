@@ -11,7 +11,7 @@ Block 0 belongs to no sequence: padded rows read and write it.
 import torch
 from torch import Tensor
 
-from lmtool.kernels.dispatch import force, implementation
+from lmtool.kernels.dispatch import force, implementation, is_capturable
 from lmtool.kernels.layout import DecodePlan
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "force",
     "gather_logprobs",
     "implementation",
+    "is_capturable",
     "linear",
     "norm_linear",
     "norm_linear_silu",
@@ -36,32 +37,32 @@ __all__ = [
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., H] · weight [H] → x / sqrt(mean(x²) + eps) · weight, in x's dtype; the mean is taken in fp32."""
-    return implementation("norm", x.device).rms_norm(x, weight, eps)
+    return implementation("norm", x.device, x.dtype).rms_norm(x, weight, eps)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """gate_up [T, 2·I] (gate first) → silu(gate) · up [T, I]."""
-    return implementation("activation", gate_up.device).silu_mul(gate_up)
+    return implementation("activation", gate_up.device, gate_up.dtype).silu_mul(gate_up)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [T, K] · weight [N, K] (+ bias [N]) → x @ weight.T + bias [T, N]."""
-    return implementation("linear", x.device).linear(x, weight, bias)
+    return implementation("linear", x.device, x.dtype).linear(x, weight, bias)
 
 
 def norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """linear(rms_norm(x), weight, bias): x [T, K], norm_weight [K], weight [N, K] → [T, N]."""
-    return implementation("linear", x.device).norm_linear(x, norm_weight, eps, weight, bias)
+    return implementation("linear", x.device, x.dtype).norm_linear(x, norm_weight, eps, weight, bias)
 
 
 def norm_linear_silu(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor) -> Tensor:
     """silu_mul(linear(rms_norm(x), weight)): x [T, K], weight [2·I, K] (gate rows first) → [T, I]."""
-    return implementation("linear", x.device).norm_linear_silu(x, norm_weight, eps, weight)
+    return implementation("linear", x.device, x.dtype).norm_linear_silu(x, norm_weight, eps, weight)
 
 
 def add_linear_(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """residual [T, N] += x [T, K] @ weight [N, K].T (+ bias); the same tensor is returned."""
-    return implementation("linear", x.device).add_linear_(residual, x, weight, bias)
+    return implementation("linear", x.device, x.dtype).add_linear_(residual, x, weight, bias)
 
 
 def rope_store(
@@ -83,7 +84,7 @@ def rope_store(
     q_norm, k_norm   [D]: RMSNorm over each head before the rotation (Qwen3), with ``eps``
     → q [T, Hq, D]
     """
-    impl = implementation("rotary", qkv.device)
+    impl = implementation("rotary", qkv.device, qkv.dtype, k_cache.shape[3])
     return impl.rope_store(qkv, cos_sin, slots, k_cache, v_cache, q_norm, k_norm, eps)
 
 
@@ -108,7 +109,7 @@ def attention_decode(
     window > 0: only the last ``window`` tokens are seen; plan: plan_decode(seq_lens, Hkv, window), made here if
     it is not given. → [B, Hq, D]
     """
-    impl = implementation("attention", q.device)
+    impl = implementation("attention", q.device, q.dtype, q.shape[2])
     return impl.attention_decode(q, k_cache, v_cache, block_tables, seq_lens, scale, window, plan)
 
 
@@ -129,7 +130,7 @@ def attention_prefill(
     block_tables [S, max_blocks] int32; cu_seqlens_q [S + 1] int32; seq_lens [S] int32: prefix + chunk;
     max_seqlen_q: the longest chunk (a host number). → [T, Hq, D]
     """
-    impl = implementation("attention", q.device)
+    impl = implementation("attention", q.device, q.dtype, q.shape[2])
     return impl.attention_prefill(
         q, k_cache, v_cache, block_tables, cu_seqlens_q, seq_lens, max_seqlen_q, scale, window
     )
@@ -143,12 +144,13 @@ def penalize_(
     presence: Tensor,
     frequency: Tensor,
 ) -> Tensor:
-    """Penalties in place. logits [B, V] float32; prompt_mask [B, V] bool; output_counts [B, V] int32; others [B].
+    """Penalties in place. logits [B, V] float32, contiguous; prompt_mask [B, V] bool; output_counts [B, V] int32.
 
-    repetition (CTRL, arXiv 1909.05858) divides positive and multiplies negative logits of every token seen in
-    prompt or answer; presence and frequency (OpenAI) subtract once and per occurrence, over the answer.
+    The others are [B] float32. repetition (CTRL, arXiv 1909.05858) divides positive and multiplies negative logits
+    of every token seen in prompt or answer; presence and frequency (OpenAI) subtract once and per occurrence, over
+    the answer. Raises KernelError on a GPU for other logits: rounding and copying would both lose penalties.
     """
-    impl = implementation("sampling", logits.device)
+    impl = implementation("sampling", logits.device, logits.dtype)
     return impl.penalize_(logits, prompt_mask, output_counts, repetition, presence, frequency)
 
 
@@ -163,12 +165,13 @@ def sample(
 ) -> Tensor:
     """One token per row by Gumbel-max over what top-k, then top-p, then min-p leave.
 
-    logits [B, V] float32; temperature [B] float32 (0: argmax); top_k [B] int32 (0: off); top_p [B] float32 (1: off);
-    min_p [B] float32 (0: off); seeds [B] int64; steps [B] int64 (the token's index in its answer). → ids [B] int64.
+    logits [B, V] float32, or float16 or bfloat16 as they are: the arithmetic is float32's; temperature [B] float32
+    (0: argmax); top_k [B] int32 (0: off); top_p [B] float32 (1: off); min_p [B] float32 (0: off); seeds
+    [B] int64; steps [B] int64 (the token's index in its answer). → ids [B] int64.
     The noise of a row is a hash of (seed, step, token id): it does not depend on the other rows. Tokens tied with
     the last one kept are kept.
     """
-    impl = implementation("sampling", logits.device)
+    impl = implementation("sampling", logits.device, logits.dtype)
     return impl.sample(logits, temperature, top_k, top_p, min_p, seeds, steps)
 
 

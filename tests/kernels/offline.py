@@ -50,14 +50,36 @@ def compile_for(capability: int, function: JITFunction, args: tuple[Any, ...], k
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers, stack (spills) and shared memory, as the toolkit inside the Triton wheel reports them."""
+def cuobjdump(cubin: bytes, option: str) -> str:
+    """What the toolkit inside the Triton wheel says about a compiled kernel."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    return {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text.stdout)}
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers, stack (spills), shared and local memory: bytes, and 32-bit registers a thread."""
+    text = cuobjdump(cubin, "--dump-resource-usage")
+    return {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+
+
+def product_loop(cubin: bytes) -> int:
+    """Instructions in the innermost loop that holds tensor-core products: one thread, one turn; 0 without such a loop.
+
+    In SASS a loop is a branch to an earlier address: `/*0a30*/ @P0 BRA 0x590`.
+    """
+    code = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", cuobjdump(cubin, "-sass"), re.MULTILINE)
+    addresses = [int(address, 16) for address, _ in code]
+    bodies = []
+    for end, (_, text) in enumerate(code):
+        target = re.search(r"\bBRA\S*\s.*?0x([0-9a-f]+)", text)
+        if target and int(target[1], 16) < addresses[end]:
+            body = [instruction for _, instruction in code[addresses.index(int(target[1], 16)) : end + 1]]
+            if any("MMA" in instruction for instruction in body):
+                bodies.append(sum(not instruction.startswith("NOP") for instruction in body))
+    return min(bodies, default=0)
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
@@ -73,16 +95,19 @@ def launch_linear(dtype: torch.dtype, rows: int, hidden: int, inner: int) -> Non
     linear.add_linear_(x, meta(rows, inner, dtype=dtype), meta(hidden, inner, dtype=dtype))
 
 
-def launch_attention(dtype: torch.dtype, heads: tuple[int, int, int], *, is_prefill: bool, window: int = 0) -> None:
+def launch_decode(dtype: torch.dtype, heads: tuple[int, int, int], batch_size: int) -> None:
+    hq, hkv, d = heads
+    cache, table = meta(hkv, 1000, 64, d, dtype=dtype), meta(batch_size, 64, dtype=torch.int32)
+    lengths = meta(batch_size, dtype=torch.int32)
+    plan = attention.plan_decode(lengths, hkv)
+    attention.attention_decode(meta(batch_size, hq, d, dtype=dtype), cache, cache, table, lengths, 0.1, 0, plan)
+
+
+def launch_prefill(dtype: torch.dtype, heads: tuple[int, int, int], window: int = 0) -> None:
     hq, hkv, d = heads
     cache, table = meta(hkv, 1000, 64, d, dtype=dtype), meta(4, 64, dtype=torch.int32)
-    lengths = meta(4, dtype=torch.int32)
-    if is_prefill:
-        bounds, q = meta(5, dtype=torch.int32), meta(512, hq, d, dtype=dtype)
-        attention.attention_prefill(q, cache, cache, table, bounds, lengths, 512, 0.1, window)
-    else:
-        plan = attention.plan_decode(lengths, hkv)
-        attention.attention_decode(meta(4, hq, d, dtype=dtype), cache, cache, table, lengths, 0.1, window, plan)
+    bounds, q, lengths = meta(5, dtype=torch.int32), meta(512, hq, d, dtype=dtype), meta(4, dtype=torch.int32)
+    attention.attention_prefill(q, cache, cache, table, bounds, lengths, 512, 0.1, window)
 
 
 def launch_rest(dtype: torch.dtype) -> None:
@@ -105,8 +130,8 @@ def launch_rest(dtype: torch.dtype) -> None:
 def launch_each_once() -> None:
     """Every kernel, in one form: enough to know that a card's code can be made."""
     launch_rest(torch.float16)
-    for is_prefill in (False, True):
-        launch_attention(torch.float16, (32, 8, 128), is_prefill=is_prefill)
+    launch_decode(torch.float16, (32, 8, 128), 4)
+    launch_prefill(torch.float16, (32, 8, 128))
     for rows in (1, 16):
         norm_weight, weight = meta(2048), meta(2 * 8192, 2048)
         linear.norm_linear_silu(meta(rows, 2048), norm_weight, 1e-5, weight)
@@ -117,20 +142,26 @@ def launch_main_shapes() -> None:
     launch_rest(torch.float16)
     launch_linear(torch.float16, 1, 4096, 14336)
     launch_linear(torch.float16, 1, 2048, 8192)
-    for dtype in (torch.float16, torch.bfloat16):
-        launch_linear(dtype, 16, 4096, 14336)
-        for is_prefill in (False, True):
-            launch_attention(dtype, (32, 8, 128), is_prefill=is_prefill)
-    launch_attention(torch.float16, (32, 32, 80), is_prefill=False)
-    launch_attention(torch.float16, (8, 1, 256), is_prefill=False)
-    launch_attention(torch.float16, (8, 1, 256), is_prefill=True, window=1000)
+    launch_linear(torch.float16, 16, 4096, 14336)
+    linear.linear(meta(16, 4096, dtype=torch.bfloat16), meta(4096, 4096, dtype=torch.bfloat16))
+    for batch_size in (4, 16, 256):  # each has a configuration of its own
+        launch_decode(torch.float16, (32, 8, 128), batch_size)
+    launch_decode(torch.bfloat16, (32, 8, 128), 4)
+    launch_decode(torch.float16, (32, 32, 80), 4)
+    launch_decode(torch.float16, (8, 1, 256), 4)
+    launch_prefill(torch.bfloat16, (32, 8, 128))
+    launch_prefill(torch.float16, (8, 1, 256), window=1000)
 
 
 def main(capabilities: list[int]) -> None:
     def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         compiled = compile_for(capability, self, args, kwargs)
-        found = {"kernel": self.fn.__name__, "capability": capability, **resources(compiled.asm["cubin"])}
+        cubin = compiled.asm["cubin"]
+        found = {"kernel": self.fn.__name__, "capability": capability, **resources(cubin)}
         found["shared"] = compiled.metadata.shared  # bytes; what is in the file leaves out what is asked for at launch
+        if self is attention._decode_kernel and capability >= launch.HOPPER:
+            found |= {name: kwargs[name] for name in ("D", "BLOCK_T", "num_warps")}
+            found["loop"] = product_loop(cubin)
         print(json.dumps(found), flush=True)
 
     JITFunction.run = compile_instead

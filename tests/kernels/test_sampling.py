@@ -51,15 +51,15 @@ def test_rows_with_different_settings_do_not_meet(device):
 
 
 def test_equal_logits_tie_at_the_threshold_and_are_all_kept(device):
-    logits = torch.zeros(30, 6, device=device)
+    logits = torch.ones(20, 4, device=device)
     logits[:, 0] = 5.0
-    ids = triton_sampling.sample(logits, *settings(30, device, top_k=2, temperature=20.0))
-    assert set(ids.tolist()) == set(range(6))
+    ids = triton_sampling.sample(logits, *settings(20, device, top_k=2, temperature=20.0))
+    assert set(ids.tolist()) == set(range(4))
 
 
 def test_frequencies_follow_the_probabilities(device):
     probabilities = torch.tensor([0.5, 0.25, 0.15, 0.1])
-    rows = 120 if device.type == "cpu" else 20000
+    rows = 80 if device.type == "cpu" else 20000
     logits = probabilities.log().repeat(rows, 1).to(device)
     counts = torch.bincount(triton_sampling.sample(logits, *settings(rows, device)).cpu(), minlength=4)
     # five standard deviations of a binomial count

@@ -183,7 +183,7 @@ def attention_decode(
     partial = torch.empty((num_items, num_q_heads, head_dim), dtype=torch.float32, device=q.device)
     tops = torch.empty((num_items, num_q_heads), dtype=torch.float32, device=q.device)
     group = num_q_heads // num_kv_heads
-    config = tuning.decode_config(arch(q.device), batch_size, head_dim)
+    config = tuning.decode_config(arch(q.device), batch_size, head_dim, q.dtype.itemsize)
     _decode_kernel[(num_items, num_kv_heads)](
         q,
         k_cache,

@@ -94,9 +94,9 @@ class AttentionConfig(NamedTuple):
     prefetch: bool = False
 
 
-def decode_config(capability: int, batch_size: int, head_dim: int) -> AttentionConfig:
+def decode_config(capability: int, batch_size: int, head_dim: int, itemsize: int) -> AttentionConfig:
     if capability < _HOPPER:
-        return AttentionConfig(16, 64 if head_dim <= 128 else 32, 4, 1)
+        return AttentionConfig(16, _keys_of_16_kb(head_dim * itemsize), 4, 1)
     if head_dim > 128:
         return AttentionConfig(16, 64, 4, 2)
     if batch_size <= 4:
@@ -109,13 +109,20 @@ def prefill_config(capability: int, num_rows: int, head_dim: int, itemsize: int)
     block_r = min(64, max(16, _power_of_two(num_rows)))
     if capability < _HOPPER and itemsize == 2:
         return AttentionConfig(min(block_r, 32), 32, 4, 2 if head_dim <= 128 else 1)
+    if capability < _HOPPER:
+        return AttentionConfig(16, min(32, _keys_of_16_kb(head_dim * itemsize)), 4, 1)
     if itemsize == 4:
-        return AttentionConfig(block_r, 32, 4, 2)
+        return AttentionConfig(block_r if head_dim <= 128 else 16, 32, 4, 2)
     if head_dim > 128:
         return AttentionConfig(block_r, 32, 4, 2)
     if num_rows >= 16384:
         return AttentionConfig(128, 64, 4, 2)
     return AttentionConfig(block_r, 64, 4, 3)
+
+
+def _keys_of_16_kb(head_bytes: int) -> int:
+    """A tile of keys and one of values leave room for the queries in the 64 KB of a 7.5."""
+    return max(16, min(64, 16384 // _power_of_two(head_bytes)))
 
 
 def _power_of_two(number: int) -> int:

@@ -1,0 +1,29 @@
+"""What a kernel may cost on Hopper, read from the code the installed Triton makes for it: no card is asked.
+
+A budget is what was measured (docs/log.md) and a tenth: it is there to notice a change, not to be reached.
+"""
+
+import pytest
+
+from tests.kernels.support import HOPPER, compiled
+
+# instructions of one thread, summed over threads, for each K or V element of the decode loop, by head dim. At 4.3 TB/s
+# of fp16 a multiprocessor takes 8 elements and issues 128 such instructions a clock: 16 would be the limit.
+# A head dim of 80 is computed as 128.
+INSTRUCTIONS_AN_ELEMENT = {80: 4.4, 128: 3.3, 256: 2.7}
+
+
+@pytest.mark.parametrize("kernel", ["_decode_kernel", "_prefill_kernel", "_row_kernel", "_tile_kernel", "_scan_kernel"])
+def test_nothing_spills(kernel):
+    found = [made for made in compiled(HOPPER) if made["kernel"] == kernel]
+    assert found
+    assert [made for made in found if made["stack"] or made["local"]] == []
+
+
+def test_decode_attention_stays_within_its_instructions():
+    found = [made for made in compiled(HOPPER) if made["kernel"] == "_decode_kernel"]
+    assert {made["D"] for made in found} == set(INSTRUCTIONS_AN_ELEMENT)
+    for made in found:
+        assert made["loop"] > 100, f"the loop over keys was not found: {made}"
+        per_element = made["loop"] * 32 * made["num_warps"] / (2 * made["BLOCK_T"] * made["D"])
+        assert per_element <= INSTRUCTIONS_AN_ELEMENT[made["D"]], made
