@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from lmtool.kernels.dispatch import force, implementation, is_capturable
-from lmtool.kernels.layout import DecodePlan
+from lmtool.kernels.layout import DecodePlan, StepRows
 
 __all__ = [
     "DecodePlan",
+    "StepRows",
     "add_linear_",
+    "advance_",
     "attention_decode",
     "attention_prefill",
     "force",
@@ -32,6 +34,7 @@ __all__ = [
     "rope_store",
     "sample",
     "silu_mul",
+    "step_rows",
 ]
 
 
@@ -173,6 +176,20 @@ def sample(
     """
     impl = implementation("sampling", logits.device, logits.dtype)
     return impl.sample(logits, temperature, top_k, top_p, min_p, seeds, steps)
+
+
+def step_rows(rows: Tensor, longs: Tensor, words: Tensor, tables: Tensor, block_size: int) -> StepRows:
+    """The rows of a decode step out of the state of all slots.
+
+    rows [B] int32: each row's slot, -1: none; longs [4, S] int64 and words [4, S] int32: `layout` names their rows;
+    tables [S, max_blocks] int32: block tables.
+    """
+    return implementation("step", rows.device).step_rows(rows, longs, words, tables, block_size)
+
+
+def advance_(rows: Tensor, ids: Tensor, longs: Tensor) -> None:
+    """The rows' slots got a token: it is the next one to compute, one place further. ids [B] int64; others as above."""
+    implementation("step", rows.device).advance_(rows, ids, longs)
 
 
 def gather_logprobs(logits: Tensor, ids: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What both implementations agree on beside tensors' shapes: the work list of a decode step. Knows no device."""
+"""What both implementations agree on beside tensors' shapes: a decode step's rows and work list. Knows no device."""
 
 from typing import NamedTuple
 
@@ -35,3 +35,34 @@ def shortest_piece(longest: int) -> int:
     """
     blocks = -(-longest // PIECE_ALIGN)
     return PIECE_ALIGN * (1 + sum(9 * n * n < blocks for n in range(1, 65)))
+
+
+# rows of `longs` [4, S] int64: the state of each slot that a step changes, and its seed
+TOKEN, POSITION, SEED, STEP = range(4)
+# rows of `words` [4, S] int32: sampling parameters; three of them are the bits of a float32
+TEMPERATURE, TOP_K, TOP_P, MIN_P = range(4)
+
+
+class StepRows(NamedTuple):
+    """The rows of a decode step, gathered from their slots; a row without a slot has seq_len 0 and writes to block 0.
+
+    ids, positions [B] int64: the token to compute and its place; seq_lens [B] int32: that place + 1; slots [B] int64:
+    where its K and V go; tables [B, max_blocks] int32; the others [B] are `sample`'s.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    seq_lens: Tensor
+    slots: Tensor
+    tables: Tensor
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    seeds: Tensor
+    steps: Tensor
+
+    @property
+    def sampling(self) -> tuple[Tensor, ...]:
+        """In the order of `sample`'s arguments after the logits."""
+        return self[5:]

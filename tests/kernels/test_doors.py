@@ -8,8 +8,8 @@ import pytest
 
 from lmtool import kernels
 
-FAMILIES = ("activation", "attention", "linear", "norm", "rotary", "sampling")
-NOT_OPS = {"DecodePlan", "force", "implementation", "is_capturable"}
+FAMILIES = ("activation", "attention", "linear", "norm", "rotary", "sampling", "step")
+NOT_OPS = {"DecodePlan", "StepRows", "force", "implementation", "is_capturable"}
 # plain torch everywhere: nothing to fuse
 WITHOUT_TWINS = {"gather_logprobs"}
 OPS = sorted(set(kernels.__all__) - NOT_OPS - WITHOUT_TWINS)
