@@ -6,4 +6,4 @@ from torch.nn.functional import silu
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
-    return silu(gate) * up
+    return silu(gate).mul_(up)
