@@ -38,6 +38,7 @@ class EngineConfig:
     cache_max_entry_count  share of the *free* device memory for the KV cache (GPU)
     cache_gb               size of the KV cache in GiB; on a CPU this is what bounds it
     prefix_caching         share the K/V blocks of equal prompt beginnings
+    cuda_graphs            capture the decode step once for each batch size (GPU); off: a slower engine starts faster
     """
 
     dtype: str = "auto"
@@ -49,6 +50,7 @@ class EngineConfig:
     cache_max_entry_count: float = 0.8
     cache_gb: float | None = None
     prefix_caching: bool = True
+    cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, wanted: str) -> None:

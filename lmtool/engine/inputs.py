@@ -22,8 +22,56 @@ class StepInputs:
     sampled_rows: Tensor | None
 
 
+@dataclass(slots=True)
+class MixedRows:
+    """The rows of a step with prompt chunks, on the host: first the decodes, whose ids the runner knows.
+
+    prompt_ids [T - num_decode], positions, addresses [T] int64: flat cache addresses; seq_slots [S] int64 and
+    seq_lens [S] int32 of the sequences; cu_seqlens [number of chunks + 1] int32; sampled_rows [n] int64.
+    """
+
+    prompt_ids: np.ndarray
+    positions: np.ndarray
+    addresses: np.ndarray
+    seq_slots: np.ndarray
+    seq_lens: np.ndarray
+    cu_seqlens: np.ndarray
+    sampled_rows: np.ndarray
+    max_chunk: int
+
+
+def lay_out(batch: Batch, block_tables: np.ndarray, block_size: int) -> MixedRows:
+    """block_tables [number of slots, max_blocks] int32; the batch has chunks."""
+    chunks = batch.chunks
+    num_decodes = len(batch.decodes)
+    lengths = np.asarray([len(chunk.token_ids) for chunk in chunks])
+    starts = np.asarray([chunk.start for chunk in chunks])
+    seq_slots = np.asarray([*batch.decodes, *(chunk.slot for chunk in chunks)], dtype=np.int64)
+    slot_of_row = np.repeat(seq_slots, np.concatenate((np.ones(num_decodes, dtype=np.int64), lengths)))
+    ends = lengths.cumsum()
+    within = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+    positions = np.concatenate((np.asarray(batch.positions, dtype=np.int64), np.repeat(starts, lengths) + within))
+    lasts = num_decodes + ends - 1
+    sampled = [*range(num_decodes), *(int(i) for i, chunk in zip(lasts, chunks, strict=True) if chunk.samples)]
+    return MixedRows(
+        prompt_ids=np.concatenate([np.asarray(chunk.token_ids, dtype=np.int64) for chunk in chunks]),
+        positions=positions,
+        addresses=addresses(block_tables, block_size, slot_of_row, positions),
+        seq_slots=seq_slots,
+        seq_lens=np.concatenate((positions[:num_decodes] + 1, starts + lengths)).astype(np.int32),
+        cu_seqlens=np.concatenate(([0], ends)).astype(np.int32),
+        sampled_rows=np.asarray(sampled, dtype=np.int64),
+        max_chunk=int(lengths.max()),
+    )
+
+
+def addresses(block_tables: np.ndarray, block_size: int, slots: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """The flat cache address of each row's token [T] int64."""
+    return block_tables[slots, positions // block_size].astype(np.int64) * block_size + positions % block_size
+
+
 class SlotTables:
-    """What the runner remembers of each running sequence: its blocks and its last token."""
+    """What the runner on a CPU remembers of each running sequence: its blocks and its last token."""
 
     def __init__(self, num_slots: int, max_blocks: int, block_size: int, device: torch.device) -> None:
         self.block_size = block_size
@@ -49,44 +97,27 @@ class SlotTables:
         context = AttentionContext(
             num_decode=len(slots),
             positions=self._to_device(positions),
-            slots=self._to_device(self._addresses(slots, positions)),
+            slots=self._to_device(addresses(self.block_tables, self.block_size, slots, positions)),
             seq_lens=self._to_device((positions + 1).astype(np.int32)),
             block_tables=self._to_device(tables),
         )
         return StepInputs(self._to_device(self.last_tokens[slots]), context, None)
 
     def _mixed(self, batch: Batch) -> StepInputs:
-        chunks = batch.chunks
-        lengths = np.asarray([len(chunk.token_ids) for chunk in chunks])
-        starts = np.asarray([chunk.start for chunk in chunks])
-        decodes = np.asarray(batch.decodes, dtype=np.int64)
-        slot_of_row = np.concatenate((decodes, np.repeat([chunk.slot for chunk in chunks], lengths)))
-        ends = lengths.cumsum()
-        within = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
-        positions = np.concatenate((np.asarray(batch.positions, dtype=np.int64), np.repeat(starts, lengths) + within))
-        prompt_ids = np.concatenate([np.asarray(chunk.token_ids, dtype=np.int64) for chunk in chunks])
-        seq_slots = np.concatenate((decodes, np.asarray([chunk.slot for chunk in chunks])))
-        seq_lens = np.concatenate((positions[: len(decodes)] + 1, starts + lengths)).astype(np.int32)
+        rows = lay_out(batch, self.block_tables, self.block_size)
+        num_blocks = (int(rows.seq_lens.max()) - 1) // self.block_size + 1
         context = AttentionContext(
-            num_decode=len(decodes),
-            positions=self._to_device(positions),
-            slots=self._to_device(self._addresses(slot_of_row, positions)),
-            seq_lens=self._to_device(seq_lens),
-            block_tables=self._to_device(
-                self.block_tables[seq_slots, : (int(seq_lens.max()) - 1) // self.block_size + 1]
-            ),
-            cu_seqlens_q=self._to_device(np.concatenate(([0], ends)).astype(np.int32)),
-            max_seqlen_q=int(lengths.max()),
+            num_decode=len(batch.decodes),
+            positions=self._to_device(rows.positions),
+            slots=self._to_device(rows.addresses),
+            seq_lens=self._to_device(rows.seq_lens),
+            block_tables=self._to_device(self.block_tables[rows.seq_slots, :num_blocks]),
+            cu_seqlens_q=self._to_device(rows.cu_seqlens),
+            max_seqlen_q=rows.max_chunk,
         )
-        sampled = [*range(len(decodes))]
-        sampled += [len(decodes) + int(end) - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.samples]
-        ids = np.concatenate((self.last_tokens[decodes], prompt_ids))
-        return StepInputs(self._to_device(ids), context, self._to_device(np.asarray(sampled, dtype=np.int64)))
-
-    def _addresses(self, slots: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """The flat cache address of each row's token [T] int64."""
-        size = self.block_size
-        return self.block_tables[slots, positions // size].astype(np.int64) * size + positions % size
+        decoded_ids = self.last_tokens[rows.seq_slots[: len(batch.decodes)]]
+        ids = np.concatenate((decoded_ids, rows.prompt_ids))
+        return StepInputs(self._to_device(ids), context, self._to_device(rows.sampled_rows))
 
     def _to_device(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.device)

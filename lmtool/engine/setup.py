@@ -3,6 +3,7 @@
 Everything that can be refused is refused here, before the first request.
 """
 
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from lmtool.checkpoint.formats import Checkpoint, open_checkpoint
 from lmtool.config import EngineConfig
 from lmtool.engine.block_manager import BlockManager
 from lmtool.engine.core import EngineCore
+from lmtool.engine.device_runner import DeviceRunner
 from lmtool.engine.executor import LocalExecutor
+from lmtool.engine.graphs import StartProgress
 from lmtool.engine.kv_cache import CachePlan, plan_cache
 from lmtool.engine.model_runner import ModelRunner
 from lmtool.engine.scheduler import Scheduler
@@ -25,9 +28,11 @@ from lmtool.models.config import ModelConfig
 from lmtool.models.decoder import Decoder
 from lmtool.models.loader import Progress, load_decoder, read_model_config
 
+_log = logging.getLogger(__name__)
 _GIB = 1 << 30
 _OLDEST_CARD = (7, 5)
 _DEFAULT_BATCHED_TOKENS = {"cuda": 8192, "cpu": 512}
+_JOIN_SHARE = 32  # of the slots must be free before those who wait for one start: see Scheduler
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +46,16 @@ class LoadedEngine:
     load_s: float
 
 
-def load_engine(path: Path, config: EngineConfig, progress: Progress | None = None) -> LoadedEngine:
-    """Raises CheckpointError, DeviceError, ConfigError or MemoryShortError, each with what would help."""
+def load_engine(
+    path: Path,
+    config: EngineConfig,
+    progress: Progress | None = None,
+    start_progress: StartProgress | None = None,
+) -> LoadedEngine:
+    """progress: of the weights; start_progress: of what a GPU needs after them.
+
+    Raises CheckpointError, DeviceError, ConfigError or MemoryShortError, each with what would help.
+    """
     started = time.perf_counter()
     device = choose_device(config.device)
     checkpoint = open_checkpoint(path)
@@ -55,19 +68,48 @@ def load_engine(path: Path, config: EngineConfig, progress: Progress | None = No
         defaults = checkpoint.generation_config
     finally:
         checkpoint.close()
-    core, plan = build_core(decoder, config)
+    _log.info("weights loaded in %.1f s", time.perf_counter() - started)
+    core, plan = build_core(decoder, config, start_progress)
     stored = "int4" if keep_int4 else str(dtype).removeprefix("torch.")
     return LoadedEngine(core, model, plan, device, stored, defaults, time.perf_counter() - started)
 
 
-def build_core(decoder: Decoder, config: EngineConfig) -> tuple[EngineCore, CachePlan]:
-    """The engine around a decoder that is in memory."""
+def build_core(
+    decoder: Decoder, config: EngineConfig, progress: StartProgress | None = None
+) -> tuple[EngineCore, CachePlan]:
+    """The engine around a decoder that is in memory. Raises MemoryShortError."""
     plan = plan_cache(config, decoder.config, decoder.dtype, decoder.device, free_bytes(decoder.device))
-    runner = ModelRunner(decoder, plan, max_batch_size=config.max_batch_size)
-    blocks = BlockManager(plan.num_blocks, plan.block_size, prefix_caching=config.prefix_caching)
     budget = config.max_batched_tokens or _DEFAULT_BATCHED_TOKENS[decoder.device.type]
-    scheduler = Scheduler(blocks, max_batch_size=config.max_batch_size, max_batched_tokens=budget)
+    on_gpu = decoder.device.type == "cuda"
+    runner = (
+        _device_runner(decoder, plan, config, budget, progress)
+        if on_gpu
+        else ModelRunner(decoder, plan, max_batch_size=config.max_batch_size)
+    )
+    blocks = BlockManager(plan.num_blocks, plan.block_size, prefix_caching=config.prefix_caching)
+    scheduler = Scheduler(
+        blocks,
+        max_batch_size=config.max_batch_size,
+        max_batched_tokens=budget,
+        join_group=max(1, config.max_batch_size // _JOIN_SHARE) if on_gpu else 1,
+    )
     return EngineCore(scheduler, LocalExecutor(runner), session_len=plan.session_len), plan
+
+
+def _device_runner(
+    decoder: Decoder, plan: CachePlan, config: EngineConfig, max_batched_tokens: int, progress: StartProgress | None
+) -> DeviceRunner:
+    started = time.perf_counter()
+    try:
+        runner = DeviceRunner(decoder, plan, max_batch_size=config.max_batch_size)
+        runner.warm_up(max_batched_tokens=max_batched_tokens, cuda_graphs=config.cuda_graphs, progress=progress)
+    except torch.cuda.OutOfMemoryError:
+        raise MemoryShortError(
+            f"no memory for a step on {decoder.device} beside a K/V cache of {plan.num_bytes / _GIB:.1f} GiB",
+            "lower --cache-max-entry-count, --max-batch-size or --max-batched-tokens",
+        ) from None
+    _log.info("kernels compiled and decode steps captured in %.1f s", time.perf_counter() - started)
+    return runner
 
 
 # ---------------------------------------------------------------------- what to run on

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lmtool.kernels import DecodePlan
+
 
 @dataclass(slots=True, kw_only=True)
 class AttentionContext:
@@ -15,6 +17,7 @@ class AttentionContext:
     block_tables    [S, max_blocks] int32
     cu_seqlens_q    [S - num_decode + 1] int32: bounds of the chunks among the prefill rows
     max_seqlen_q    the longest chunk, tokens (0: no chunk)
+    plan            the decode rows' work list, if it was made already: it serves all layers
     """
 
     num_decode: int
@@ -24,3 +27,4 @@ class AttentionContext:
     block_tables: Tensor
     cu_seqlens_q: Tensor | None = None
     max_seqlen_q: int = 0
+    plan: DecodePlan | None = None

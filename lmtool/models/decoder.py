@@ -83,4 +83,8 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, H] → float32 logits [n, V]."""
-        return self.head.norm_linear(hidden, self.final_norm, self.config.rms_norm_eps).float()
+        return self.scores(hidden).float()
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """The logits in the model's dtype: `sample` widens them as it reads."""
+        return self.head.norm_linear(hidden, self.final_norm, self.config.rms_norm_eps)

@@ -1,0 +1,212 @@
+"""One rank on a GPU: state that stays there, a decode step that is one graph, and a host that never waits.
+
+Every method that launches only puts work into the stream: nothing reads from the device but `_Launched.read`. On a
+CPU it does the same work at once, which is how it is tested there. Knows no queue and no HTTP.
+"""
+
+import logging
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lmtool import kernels
+from lmtool.config import GenerationConfig
+from lmtool.engine.batch import Batch, Chunk, Done, Join, StepOutput
+from lmtool.engine.device_state import DeviceState
+from lmtool.engine.executor import Pending
+from lmtool.engine.extras import LogitExtras, RowLogprob
+from lmtool.engine.graphs import Graphs, StartProgress, bucket_sizes
+from lmtool.engine.inputs import lay_out
+from lmtool.engine.kv_cache import CachePlan, allocate_cache
+from lmtool.engine.sequence import Request
+from lmtool.engine.transfer import download, upload
+from lmtool.layers.context import AttentionContext
+from lmtool.models.decoder import Decoder
+
+_log = logging.getLogger(__name__)
+# prompt lengths that between them use every variant of the kernels
+_WARM_UP_LENGTHS = (1, 2, 8, 16, 32, 64, 512, 4096)
+
+
+@dataclass(slots=True)
+class _Launched:
+    """Copies of what comes out, on their way to the host; ``arrived`` is None where they are there."""
+
+    ids: Tensor
+    arrived: torch.cuda.Event | None
+    slots: list[int]
+    logprobs: dict[int, RowLogprob] = field(default_factory=dict)
+
+    def read(self) -> StepOutput:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        output = StepOutput(self.ids.tolist())
+        if self.logprobs:
+            token_of = dict(zip(self.slots, output.token_ids, strict=True))
+            output.logprobs = {slot: row.report(token_of[slot]) for slot, row in self.logprobs.items()}
+        return output
+
+
+class DeviceRunner:
+    """Runs batches in the order in which they are launched."""
+
+    depth = 1
+
+    def __init__(self, decoder: Decoder, plan: CachePlan, *, max_batch_size: int) -> None:
+        self.decoder = decoder
+        self.plan = plan
+        self.device = decoder.device
+        config = decoder.config
+        self._window, self._num_kv_heads = config.sliding_window, config.num_kv_heads
+        self._caches = allocate_cache(plan, config, decoder.dtype, self.device)
+        max_blocks = -(-plan.session_len // plan.block_size)
+        self._state = DeviceState(max_batch_size, max_batch_size, max_blocks, plan.block_size, self.device)
+        self._extras = LogitExtras(config.vocab_size, self.device)
+        self._graphs = Graphs(self._decode_rows, bucket_sizes(max_batch_size))
+
+    def launch(self, batch: Batch) -> Pending:
+        with torch.inference_mode(), torch.cuda.device(self._index):
+            self._apply(batch)
+            if not batch.num_tokens:
+                return Done(StepOutput([]))
+            return self._mixed(batch) if batch.chunks else self._decode(batch)
+
+    @property
+    def _index(self) -> int:
+        return self.device.index or 0 if self.device.type == "cuda" else -1  # -1: nothing to choose
+
+    def _apply(self, batch: Batch) -> None:
+        """Leaves first: a slot may be given up and taken again in one batch."""
+        for slot in batch.leaves:
+            self._extras.leave(slot)
+        self._state.apply(batch)
+        for join in batch.joins:
+            self._extras.join(join)
+
+    # ------------------------------------------------------------------ decodes only
+    def _decode(self, batch: Batch) -> Pending:
+        slots = batch.decodes
+        self._state.set_rows(slots)
+        changes = self._state.changes()
+        if changes:
+            self._state.write(*upload(changes, self.device))
+        if self._extras.concerns(slots, batch.bans):
+            return self._decode_with_extras(batch)
+        return self._launched(self._graphs.run(len(slots)), slots)
+
+    def _decode_rows(self, num_rows: int) -> Tensor:
+        """The step that is captured: ids [num_rows] of the sequences whose slots stand in the first rows."""
+        state = self._state
+        rows = state.rows[:num_rows]
+        hidden, sampling = self._forward_rows(rows)
+        ids = kernels.sample(self.decoder.scores(hidden), *sampling)
+        kernels.advance_(rows, ids, state.longs)
+        return ids
+
+    def _decode_with_extras(self, batch: Batch) -> Pending:
+        """Some row asks for more than a graph holds. Slower: every kernel is launched by itself."""
+        state = self._state
+        rows = state.rows[: len(batch.decodes)]
+        hidden, sampling = self._forward_rows(rows)
+        return self._sample(hidden, rows, sampling, batch.decodes, batch.bans)
+
+    def _forward_rows(self, rows: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        state = self._state
+        step = kernels.step_rows(rows, state.longs, state.words, state.tables, state.block_size)
+        context = AttentionContext(
+            num_decode=len(rows),
+            positions=step.positions,
+            slots=step.slots,
+            seq_lens=step.seq_lens,
+            block_tables=step.tables,
+            plan=kernels.plan_decode(step.seq_lens, self._num_kv_heads, self._window),
+        )
+        return self.decoder.forward(step.ids, context, self._caches), step.sampling
+
+    # ------------------------------------------------------------------ prompts, and decodes beside them
+    def _mixed(self, batch: Batch) -> Pending:
+        state = self._state
+        num_decodes = len(batch.decodes)
+        rows = lay_out(batch, state.host_tables, state.block_size)
+        sampled_slots = batch.sampled_slots
+        arrays = [
+            rows.prompt_ids,
+            rows.positions,
+            rows.addresses,
+            rows.seq_slots,
+            rows.seq_lens,
+            rows.cu_seqlens,
+            rows.sampled_rows,
+            np.asarray(sampled_slots, dtype=np.int32),
+        ]
+        there = upload(arrays + state.changes(), self.device)
+        prompt_ids, positions, addresses, seq_slots, seq_lens, cu_seqlens, sampled_rows, sampled = there[:8]
+        if len(there) > len(arrays):
+            state.write(*there[len(arrays) :])
+        ids = prompt_ids
+        plan = None
+        if num_decodes:
+            ids = torch.cat((state.longs[0].index_select(0, seq_slots[:num_decodes]), prompt_ids))
+            plan = kernels.plan_decode(seq_lens[:num_decodes], self._num_kv_heads, self._window)
+        context = AttentionContext(
+            num_decode=num_decodes,
+            positions=positions,
+            slots=addresses,
+            seq_lens=seq_lens,
+            block_tables=state.tables.index_select(0, seq_slots),
+            cu_seqlens_q=cu_seqlens,
+            max_seqlen_q=rows.max_chunk,
+            plan=plan,
+        )
+        hidden = self.decoder.forward(ids, context, self._caches)
+        if not sampled_slots:
+            return self._launched(ids[:0], [])
+        step = kernels.step_rows(sampled, state.longs, state.words, state.tables, state.block_size)
+        return self._sample(hidden.index_select(0, sampled_rows), sampled, step.sampling, sampled_slots, batch.bans)
+
+    # ------------------------------------------------------------------ what comes out
+    def _sample(
+        self, hidden: Tensor, rows: Tensor, sampling: tuple[Tensor, ...], slots: list[int], bans: list[tuple[int, int]]
+    ) -> Pending:
+        if not self._extras.concerns(slots, bans):
+            ids = kernels.sample(self.decoder.scores(hidden), *sampling)
+            kernels.advance_(rows, ids, self._state.longs)
+            return self._launched(ids, slots)
+        logits = self.decoder.logits(hidden)
+        self._extras.adjust_(logits, slots, bans)
+        ids = kernels.sample(logits, *sampling)
+        kernels.advance_(rows, ids, self._state.longs)
+        return self._launched(ids, slots, self._extras.sampled(logits, ids, slots))
+
+    def _launched(self, ids: Tensor, slots: list[int], logprobs: dict[int, RowLogprob] | None = None) -> Pending:
+        there = download(ids)
+        arrived = None
+        if self.device.type == "cuda":
+            arrived = torch.cuda.Event()
+            arrived.record()
+        return _Launched(there, arrived, slots, logprobs or {})
+
+    # ------------------------------------------------------------------ before the first request
+    def warm_up(self, *, max_batched_tokens: int, cuda_graphs: bool, progress: StartProgress | None = None) -> None:
+        """Compile every kernel and capture every graph; the longest prompt chunk shows whether memory is enough.
+
+        Only block 0, which belongs to nobody, is written to. Raises torch's OutOfMemoryError.
+        """
+        longest = min(max_batched_tokens, self.plan.session_len)
+        lengths = sorted({longest, *(length for length in _WARM_UP_LENGTHS if length < longest)}, reverse=True)
+        for i, length in enumerate(lengths):
+            self.launch(_prompt_of(length)).read()
+            if progress is not None:
+                progress("compiling kernels", i + 1, len(lengths))
+        if cuda_graphs and kernels.is_capturable(self.device, self.decoder.dtype, self.decoder.config.head_dim):
+            with torch.inference_mode(), torch.cuda.device(self._index):
+                self._graphs.capture(progress)
+
+
+def _prompt_of(num_tokens: int) -> Batch:
+    request = Request(
+        request_id=-1, prompt_ids=(0,) * num_tokens, params=GenerationConfig(), stop_ids=frozenset(), seed=0
+    )
+    return Batch(joins=[Join(0, request)], leaves=[0], chunks=[Chunk(0, 0, [0] * num_tokens, True)])

@@ -1,0 +1,56 @@
+"""The decode step as CUDA graphs, one for each number of rows that it is padded to. Knows no model, no scheduling."""
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+StartProgress = Callable[[str, int, int], None]  # what is done, parts done, parts in all
+
+
+def bucket_sizes(max_rows: int) -> list[int]:
+    """1, 2, 4, 8, then steps of 8 to 64, of 16 to 256, of 32 to 512, of 256 beyond; the last is ``max_rows``.
+
+    Padding is a few percent everywhere; powers of two would waste half of a step at 130 rows.
+    """
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 512, 32), *range(512, max_rows, 256)]
+    return [size for size in sizes if size < max_rows] + [max_rows]
+
+
+class Graphs:
+    """``work(num_rows)`` launches a step's kernels over fixed buffers and returns its ids [num_rows].
+
+    Until `capture` is called, and on a CPU, the work is simply done.
+    """
+
+    def __init__(self, work: Callable[[int], Tensor], sizes: Sequence[int]) -> None:
+        self._work = work
+        self._sizes = list(sizes)
+        self._captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def capture(self, progress: StartProgress | None = None) -> None:
+        """Largest first: the smaller ones then fit into the memory of the larger, which they share.
+
+        Each step runs once before, so that nothing is compiled or created inside a capture. Raises torch's
+        OutOfMemoryError.
+        """
+        pool = torch.cuda.graph_pool_handle()
+        for i, size in enumerate(reversed(self._sizes)):
+            self._work(size)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                ids = self._work(size)
+            self._captured[size] = (graph, ids)
+            if progress is not None:
+                progress("capturing decode steps", i + 1, len(self._sizes))
+
+    def run(self, num_rows: int) -> Tensor:
+        """ids [num_rows], valid until the next run."""
+        size = self._sizes[bisect_left(self._sizes, num_rows)]
+        if size not in self._captured:
+            return self._work(size)[:num_rows]
+        graph, ids = self._captured[size]
+        graph.replay()
+        return ids[:num_rows]
