@@ -7,6 +7,8 @@ from tests.kernels.support import compiled
 KERNELS = {
     "_choose_kernel",
     "_decode_kernel",
+    "_gather_kernel",
+    "_narrow_kernel",
     "_penalize_kernel",
     "_plan_kernel",
     "_prefill_kernel",

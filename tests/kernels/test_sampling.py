@@ -57,6 +57,22 @@ def test_equal_logits_tie_at_the_threshold_and_are_all_kept(device):
     assert set(ids.tolist()) == set(range(4))
 
 
+@pytest.mark.parametrize("values", [{"top_k": 20}, {"top_p": 0.5}, {"top_k": 20, "top_p": 0.5}], ids=str)
+def test_more_equal_logits_than_candidates_fit(values, device):
+    logits = torch.zeros(1, 5000, device=device)
+    logits[:, :5] = torch.tensor([3.0, -torch.inf, 2.0, -4.0, 2.0], device=device)
+    arguments = (logits, *settings(1, device, **values))
+    assert torch.equal(triton_sampling.sample(*arguments), reference.sample(*arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+def test_half_precision_logits(dtype, device):
+    logits = normal(2, 700, dtype=dtype, device=device, scale=3)
+    restrictions = settings(2, device, top_k=20, top_p=0.9)
+    expected = reference.sample(logits.float(), *restrictions)
+    assert torch.equal(triton_sampling.sample(logits, *restrictions), expected)
+
+
 def test_frequencies_follow_the_probabilities(device):
     probabilities = torch.tensor([0.5, 0.25, 0.15, 0.1])
     rows = 80 if device.type == "cpu" else 20000
@@ -80,6 +96,25 @@ def test_a_real_vocabulary(values, device):
     arguments = (logits, *settings(64, device, **values))
     same = triton_sampling.sample(*arguments) == reference.sample(*arguments)
     assert same.float().mean() > 0.96  # logarithms of the card and of torch differ in the last bit: near ties may flip
+
+
+@pytest.mark.gpu
+def test_one_graph_serves_any_settings(device):
+    rows = [settings(1, device, **values) for values in RESTRICTIONS]
+    together = [torch.cat(parts) for parts in zip(*rows, strict=True)]
+    logits, given = torch.zeros(len(rows), 128256, device=device), [torch.zeros_like(part) for part in together]
+    triton_sampling.sample(logits, *given)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ids = triton_sampling.sample(logits, *given)
+    for scale in (0.01, 3.0):
+        logits.copy_(normal(*logits.shape, dtype=logits.dtype, device=device, scale=scale))
+        for part, new in zip(given, together, strict=True):
+            part.copy_(new)
+        first = triton_sampling.sample(logits, *given)
+        for _ in range(3):  # nothing depends on which program comes last
+            graph.replay()
+            assert torch.equal(ids, first)
 
 
 def test_penalize(device):

@@ -1,8 +1,10 @@
-"""Penalties and sampling in Triton: no sort of the vocabulary, no row's result depends on another row.
+"""Sampling in Triton: no sort of the vocabulary, no row's result depends on another row.
 
-`_scan_kernel` reads every logit once, by chunks. `_choose_kernel` ends the greedy and the unrestricted rows from that;
-for the others it looks for the threshold that top-k, top-p and min-p leave: counting passes over the row until few
-candidates are left, which are then gathered and searched by halving.
+`_scan_kernel` reads every logit once and ends the greedy and the unrestricted rows. For the others top-k, top-p and
+min-p leave the logits above some threshold, which is enclosed between two values, low and high: by the largest logits
+of small groups (a top-k leaves few), else by `_narrow_kernel`, which measures what reaches each of a few pivots.
+`_gather_kernel` samples among the tokens above high and collects those between the two; `_choose_kernel`, one program a
+row, finds the threshold among them. Every grid is fixed and nothing is read back, so a CUDA graph can hold all of it.
 """
 
 import torch
@@ -10,11 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lmtool.errors import KernelError
-from lmtool.kernels.triton.launch import allow_next, dependent_launch, wait_for_previous
+from lmtool.kernels.triton.launch import allow_next, arrival_counters, dependent_launch, wait_for_previous
+from lmtool.kernels.triton.penalties import penalize_
+
+__all__ = ["penalize_", "sample"]
 
 _CHUNK = 4096
+_GROUPS = 16  # of a chunk: each one's largest logit is kept
 _NUM_CANDIDATES = 4096
+_NUM_PIVOTS = 16
+_NUM_ROUNDS = 2  # each makes the interval 17 times narrower
+# a row's interval: low, high, the weight of what reaches high, the largest logit, the sum of exps (the largest has one)
+_STATE = 5
 
 
 @triton.jit
@@ -66,32 +75,90 @@ def _scan_kernel(
     best_id_ptr,
     total_ptr,
     least_ptr,
-    V: tl.constexpr,
+    group_ptr,
+    state_ptr,
+    arrivals_ptr,
+    V,
     CHUNK: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program (row, chunk): its largest logit, with noise where nothing restricts the row.
 
-    Where something does, also its sum of exps and its smallest finite logit.
+    Where something does, also its sum of exps, its smallest finite logit and the largest of each group; the last of the
+    row's programs to finish makes the first interval of these.
     """
     allow_next(PDL)
     wait_for_previous(PDL)
-    row, chunk = tl.program_id(0), tl.program_id(1)
+    row, chunk, num_chunks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     temperature = tl.load(temperature_ptr + row)
-    is_restricted = _is_restricted(row, top_k_ptr, top_p_ptr, min_p_ptr, V)
+    is_restricted = (temperature > 0) & _is_restricted(row, top_k_ptr, top_p_ptr, min_p_ptr, V)
     o_v = chunk * CHUNK + tl.arange(0, CHUNK)
     x = _logits(logits_ptr + row.to(tl.int64) * V, o_v, V)
-    if temperature > 0 and not is_restricted:
+    if (temperature > 0) & (is_restricted == 0):
         x = _noisy(x, temperature, tl.load(seeds_ptr + row), tl.load(steps_ptr + row), o_v)
         x = tl.where(o_v < V, x, float("-inf"))
     best, best_id = tl.max(x, axis=0, return_indices=True, return_indices_tie_break_left=True)
-    out = row * tl.num_programs(1) + chunk
+    out = row * num_chunks + chunk
     tl.store(best_ptr + out, best)
     tl.store(best_id_ptr + out, chunk * CHUNK + best_id)
     if is_restricted:
+        sharpness = _sharpness(temperature)
         base = tl.where(best == float("-inf"), 0.0, best)
-        tl.store(total_ptr + out, tl.sum(tl.exp2((x - base) * _sharpness(temperature)), axis=0))
+        tl.store(total_ptr + out, tl.sum(tl.exp2((x - base) * sharpness), axis=0))
         tl.store(least_ptr + out, tl.min(tl.where(x == float("-inf"), float("inf"), x), axis=0))
+        groups = tl.max(tl.reshape(x, [GROUPS, CHUNK // GROUPS]), axis=1)
+        tl.store(group_ptr + out * GROUPS + tl.arange(0, GROUPS), groups)
+        tl.debug_barrier()  # every thread's part is written before this program is counted
+        if tl.atomic_add(arrivals_ptr + row, 1, sem="acq_rel") == num_chunks - 1:
+            tl.store(arrivals_ptr + row, 0)
+            o_c = tl.arange(0, BLOCK_C)
+            m_c = o_c < num_chunks
+            o_c += row * num_chunks
+            bests = tl.load(best_ptr + o_c, mask=m_c, other=float("-inf"), cache_modifier=".cg")
+            totals = tl.load(total_ptr + o_c, mask=m_c, other=0.0, cache_modifier=".cg")
+            row_max = tl.max(bests, axis=0)
+            total = tl.sum(tl.where(totals > 0, totals * tl.exp2((bests - row_max) * sharpness), 0.0), axis=0)
+            low = tl.min(tl.load(least_ptr + o_c, mask=m_c, other=float("inf"), cache_modifier=".cg"), axis=0)
+            high = row_max + tl.maximum(tl.abs(row_max), 1.0) * (2.0**-20)  # above every logit
+            top_k, top_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
+            if (top_k > 0) & (top_k < V):
+                o_g = tl.arange(0, BLOCK_C * GROUPS)
+                m_g = o_g < num_chunks * GROUPS
+                tops = tl.load(
+                    group_ptr + row * num_chunks * GROUPS + o_g, mask=m_g, other=float("-inf"), cache_modifier=".cg"
+                )
+                low = _kth_of(tops, top_k, low, row_max)
+            elif top_p < 1:
+                # what lies this far below the maximum is, all together, less than the 1 - top_p that may go
+                spare = tl.maximum((1.0 - top_p) * total, 1e-30)
+                low = tl.maximum(low, row_max - temperature * (tl.log(V.to(tl.float32) / spare) + 1.0))
+            else:
+                low = row_max + temperature * tl.log(tl.load(min_p_ptr + row))
+                high = low
+            _store_state(state_ptr, row, low, high, 0.0)
+            tl.store(state_ptr + 5 * row + 3, row_max)
+            tl.store(state_ptr + 5 * row + 4, total)
+
+
+@triton.jit
+def _store_state(state_ptr, row, low, high, beyond):
+    """beyond: the weight of what reaches high."""
+    tl.store(state_ptr + 5 * row, low)
+    tl.store(state_ptr + 5 * row + 1, high)
+    tl.store(state_ptr + 5 * row + 2, beyond)
+
+
+@triton.jit
+def _kth_of(tops, k, low, high):
+    """A value from low up that at least k logits reach, since k groups' largest do; low if there are fewer groups."""
+    for _ in range(16):
+        middle = low + (high - low) * 0.5
+        holds = tl.sum((tops >= middle).to(tl.int32), axis=0) >= k
+        low = tl.where(holds, middle, low)
+        high = tl.where(holds, high, middle)
+    return low
 
 
 @triton.jit
@@ -107,76 +174,170 @@ def _pivots(low, high, P: tl.constexpr):
 
 
 @triton.jit
-def _measure(row_ptr, V, sharpness, row_max, pivots, P: tl.constexpr, BLOCK: tl.constexpr):
-    """For each pivot: how many logits of the row reach it, and their probability mass (the largest has one).
+def _measure(row_ptr, start, stop, V, sharpness, row_max, pivots, P: tl.constexpr, BLOCK: tl.constexpr):
+    """[P] for each pivot: the probability mass (the largest has one) of the logits from start to stop that reach it.
 
     sharpness 0 makes the mass a number of tokens.
     """
-    counts = tl.zeros([P, BLOCK], tl.int32)
     masses = tl.zeros([P, BLOCK], tl.float32)
-    for start in range(0, V, 8 * BLOCK):
-        for part in tl.static_range(8):  # eight loads on their way at once
-            x = _logits(row_ptr, start + part * BLOCK + tl.arange(0, BLOCK), V)
+    for first in range(start, stop, 4 * BLOCK):
+        for part in tl.static_range(4):  # four loads on their way at once
+            x = _logits(row_ptr, first + part * BLOCK + tl.arange(0, BLOCK), V)
             # what is not there is -inf and reaches no pivot: pivots are finite
             mass = tl.exp2(tl.maximum(x - row_max, -1e30) * sharpness)
-            reached = x[None, :] >= pivots
-            counts += reached.to(tl.int32)
-            masses += tl.where(reached, mass[None, :], 0.0)
-    return tl.sum(counts, axis=1, keep_dims=True), tl.sum(masses, axis=1, keep_dims=True)
+            masses += tl.where(x[None, :] >= pivots, mass[None, :], 0.0)
+    return tl.sum(masses, axis=1)
 
 
 @triton.jit
-def _narrow(
-    row_ptr, V, sharpness, row_max, low, high, target, LIMIT: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Narrow [low, high) around the threshold until it is found or at most LIMIT logits reach low.
+def _between(low, high, beyond, pivots, masses, target):
+    """The interval between the pivots on both sides of the threshold → (low, high, beyond).
 
     The threshold is the largest value whose reached mass is at least target; low's is, high's is not.
-    → (low, how many logits reach it)
     """
-    num_reached = V
-    is_open = True
-    while is_open:
-        pivots = _pivots(low, high, P)
-        inside = (pivots > low) & (pivots < high)
-        counts, masses = _measure(row_ptr, V, sharpness, row_max, pivots, P, BLOCK)
-        holds = masses >= target
-        new_low = tl.max(tl.where(inside & holds, pivots, low))
-        high = tl.min(tl.where(inside & (holds == 0), pivots, high))
-        num_reached = tl.minimum(num_reached, tl.min(tl.where(inside & holds, counts, num_reached)))
-        low = tl.maximum(low, new_low)
-        # when no value lies between the two, low is the threshold
-        is_open = (tl.max(inside.to(tl.int32)) > 0) & (num_reached > LIMIT)
-    return low, num_reached
+    inside = (pivots > low) & (pivots < high)
+    holds = masses >= target
+    beyond = tl.max(tl.where(inside & (holds == 0), masses, beyond))
+    new_low = tl.max(tl.where(inside & holds, pivots, low))
+    high = tl.min(tl.where(inside & (holds == 0), pivots, high))
+    return new_low, high, beyond
 
 
 @triton.jit
-def _gather(row_ptr, V, low, values_ptr, ids_ptr, BLOCK: tl.constexpr):
-    """Values and ids of the tokens that reach low, in the order of their ids."""
-    num_stored = 0
-    for start in range(0, V, BLOCK):
-        o_v = start + tl.arange(0, BLOCK)
-        x = _logits(row_ptr, o_v, V)
-        kept = (x >= low) & (o_v < V)
-        num_kept = tl.sum(kept.to(tl.int32), axis=0)
-        if num_kept > 0:
-            place = num_stored + tl.cumsum(kept.to(tl.int32), axis=0) - 1
-            tl.store(values_ptr + place, x, mask=kept)
-            tl.store(ids_ptr + place, o_v, mask=kept)
-        num_stored += num_kept
-    tl.debug_barrier()  # other threads of this program read them back
+def _narrow_kernel(
+    logits_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    mass_ptr,
+    state_ptr,
+    arrivals_ptr,
+    V,
+    CHUNK: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    P: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program (row, chunk): what of the chunk reaches P pivots between low and high; the last one moves low and high.
+
+    Rows whose top-k the groups' largest logits have answered, and rows without top-k and top-p, have nothing to do.
+    """
+    allow_next(PDL)
+    wait_for_previous(PDL)
+    row, chunk, num_chunks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    temperature = tl.load(temperature_ptr + row)
+    top_k, top_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
+    by_count = (top_k > 0) & (top_k < V)
+    is_open = tl.where(by_count, top_k * 2 > num_chunks * GROUPS, top_p < 1)
+    if (temperature <= 0) | (is_open == 0):
+        return
+    low, high = tl.load(state_ptr + 5 * row), tl.load(state_ptr + 5 * row + 1)
+    beyond, row_max = tl.load(state_ptr + 5 * row + 2), tl.load(state_ptr + 5 * row + 3)
+    slope = tl.where(by_count, 0.0, _sharpness(temperature))
+    row_ptr = logits_ptr + row.to(tl.int64) * V
+    start = chunk * CHUNK
+    masses = _measure(row_ptr, start, start + CHUNK, V, slope, row_max, _pivots(low, high, P), P, BLOCK)
+    o_p = tl.arange(0, P)
+    tl.store(mass_ptr + (row * num_chunks + chunk) * P + o_p, masses)
+    tl.debug_barrier()  # every thread's part is written before this program is counted
+    if tl.atomic_add(arrivals_ptr + row, 1, sem="acq_rel") == num_chunks - 1:
+        tl.store(arrivals_ptr + row, 0)
+        o_c = tl.arange(0, BLOCK_C)
+        parts = (row * num_chunks + o_c)[None, :] * P + o_p[:, None]
+        m_c = (o_c < num_chunks)[None, :]
+        row_masses = tl.sum(
+            tl.load(mass_ptr + parts, mask=m_c, other=0.0, cache_modifier=".cg"), axis=1, keep_dims=True
+        )
+        total = tl.load(state_ptr + 5 * row + 4)
+        target = tl.where(by_count, top_k.to(tl.float32), top_p * total)
+        low, high, beyond = _between(low, high, beyond, _pivots(low, high, P), row_masses, target)
+        _store_state(state_ptr, row, low, high, beyond)
 
 
 @triton.jit
-def _halve(x, weights, target, low, high):
-    """The largest value in [low, high) whose reached weight is at least target, over candidates in registers."""
-    middle = low + (high - low) * 0.5
-    while (middle > low) & (middle < high):
-        holds = tl.sum(tl.where(x >= middle, weights, 0.0), axis=0) >= target
-        low = tl.where(holds, middle, low)
-        high = tl.where(holds, high, middle)
-        middle = low + (high - low) * 0.5
-    return low
+def _gather_kernel(
+    logits_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
+    seeds_ptr,
+    steps_ptr,
+    best_ptr,
+    best_id_ptr,
+    count_ptr,
+    values_ptr,
+    ids_ptr,
+    state_ptr,
+    V,
+    CHUNK: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program (row, chunk): the chunk's tokens between low and high, by id, and the sample of those above high.
+
+    A chunk has room for SEGMENT of them; it tells how many there are in any case.
+    """
+    allow_next(PDL)
+    wait_for_previous(PDL)
+    row, chunk = tl.program_id(0), tl.program_id(1)
+    temperature = tl.load(temperature_ptr + row)
+    if (temperature <= 0) | (_is_restricted(row, top_k_ptr, top_p_ptr, min_p_ptr, V) == 0):
+        return
+    low, high = tl.load(state_ptr + 5 * row), tl.load(state_ptr + 5 * row + 1)
+    row_max = tl.load(state_ptr + 5 * row + 3)
+    if row_max == float("-inf"):
+        return
+    top_k = tl.load(top_k_ptr + row)
+    if (top_k > 0) & (top_k < V):
+        high = float("inf")  # a top-p after it is measured over all that are left: they are all gathered
+    o_v = chunk * CHUNK + tl.arange(0, CHUNK)
+    x = _logits(logits_ptr + row.to(tl.int64) * V, o_v, V)
+    out = row * tl.num_programs(1) + chunk
+    found = (x >= low) & (x < high)
+    num_found = tl.sum(found.to(tl.int32), axis=0)
+    tl.store(count_ptr + out, num_found)
+    if num_found > 0:
+        place = tl.cumsum(found.to(tl.int32), axis=0) - 1
+        found = found & (place < SEGMENT)
+        tl.store(values_ptr + out.to(tl.int64) * SEGMENT + place, x, mask=found)
+        tl.store(ids_ptr + out.to(tl.int64) * SEGMENT + place, o_v, mask=found)
+    kept = (x >= tl.maximum(high, _floor(row, min_p_ptr, row_max, temperature))) & (o_v < V)
+    best = tl.full([], float("-inf"), tl.float32)
+    best_id = tl.full([], 2147483647, tl.int32)
+    if tl.max(kept.to(tl.int32), axis=0) > 0:
+        best, best_id = _pick(x, o_v, kept, temperature, tl.load(seeds_ptr + row), tl.load(steps_ptr + row))
+    tl.store(best_ptr + out, best)
+    tl.store(best_id_ptr + out, best_id)
+
+
+@triton.jit
+def _floor(row, min_p_ptr, row_max, temperature):
+    """What min-p leaves is at least this."""
+    min_p = tl.load(min_p_ptr + row)
+    floor = tl.full([], float("-inf"), tl.float32)
+    if min_p > 0:
+        floor = row_max + temperature * tl.log(min_p)
+    return floor
+
+
+@triton.jit
+def _halve(x, weights, beyond, target):
+    """The largest of x whose reached weight, and beyond, is at least target; the least of x if none is."""
+    least = tl.min(tl.where(x == float("-inf"), float("inf"), x), axis=0)
+    most = tl.max(x, axis=0)
+    while most > least:
+        middle = least + (most - least) * 0.5
+        middle = tl.where(middle > least, middle, most)
+        holds = beyond + tl.sum(tl.where(x >= middle, weights, 0.0), axis=0) >= target
+        # both ends are values of x: equal values end the search at once
+        if holds:
+            least = tl.min(tl.where(x >= middle, x, float("inf")), axis=0)
+        else:
+            most = tl.max(tl.where(x < middle, x, float("-inf")), axis=0)
+    return least
 
 
 @triton.jit
@@ -188,12 +349,36 @@ def _pick(x, ids, kept, temperature, seed, step):
 
 
 @triton.jit
-def _pick_from_row(row_ptr, V, temperature, low, seed, step, BLOCK: tl.constexpr):
-    """_pick over all tokens of a row that reach low; tiles without any cost one reading."""
+def _search_row(
+    row_ptr, V, low, row_max, total, top_k, top_p, temperature, floor, seed, step, P: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The sample of a row by one program alone, with as many passes as it takes: for what does not fit the candidates.
+
+    Thousands of equal logits at the threshold, or a top-k of thousands.
+    """
+    by_count = (top_k > 0) & (top_k < V)
+    for is_mass in range(2):  # top-k first, then top-p of what it leaves
+        if tl.where(is_mass == 0, by_count, top_p < 1):
+            slope = _sharpness(temperature) * is_mass
+            high = row_max + tl.maximum(tl.abs(row_max), 1.0) * (2.0**-20)
+            target = tl.where(is_mass == 0, top_k.to(tl.float32), top_p * total)
+            is_open = True
+            is_first = (is_mass == 1) & by_count
+            while is_open:
+                # the first pass of a top-p after a top-k only measures what is left
+                pivots = _pivots(low, tl.where(is_first, low, high), P)
+                masses = _measure(row_ptr, 0, V, V, slope, row_max, pivots, P, BLOCK)[:, None]
+                if is_first:
+                    target = top_p * tl.max(masses)
+                    is_first = False
+                else:
+                    is_open = tl.max(((pivots > low) & (pivots < high)).to(tl.int32)) > 0
+                    low, high, _ = _between(low, high, 0.0, pivots, masses, target)
+    low = tl.maximum(low, floor)
     best = tl.full([], float("-inf"), tl.float32)
     chosen = tl.full([], 0, tl.int32)
-    for start in range(0, V, BLOCK):
-        o_v = start + tl.arange(0, BLOCK)
+    for start in range(0, V, 4 * BLOCK):
+        o_v = start + tl.arange(0, 4 * BLOCK)
         x = _logits(row_ptr, o_v, V)
         kept = (o_v < V) & (x >= low)
         if tl.max(kept.to(tl.int32), axis=0) > 0:
@@ -214,16 +399,16 @@ def _choose_kernel(
     steps_ptr,
     best_ptr,
     best_id_ptr,
-    total_ptr,
-    least_ptr,
+    count_ptr,
     values_ptr,
     ids_ptr,
+    state_ptr,
     out_ptr,
     num_chunks,
     V,
     BLOCK_C: tl.constexpr,
     BLOCK: tl.constexpr,
-    LIMIT: tl.constexpr,
+    SEGMENT: tl.constexpr,
     P: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -234,63 +419,46 @@ def _choose_kernel(
     temperature = tl.load(temperature_ptr + row)
     o_c = tl.arange(0, BLOCK_C)
     m_c = o_c < num_chunks
-    o_c += row * num_chunks
-    best = tl.load(best_ptr + o_c, mask=m_c, other=float("-inf"))
-    row_max, chunk = tl.max(best, axis=0, return_indices=True, return_indices_tie_break_left=True)
-    is_restricted = _is_restricted(row, top_k_ptr, top_p_ptr, min_p_ptr, V)
-    if (temperature <= 0) | (is_restricted == 0) | (row_max == float("-inf")):
-        tl.store(out_ptr + row, tl.load(best_id_ptr + row * num_chunks + chunk).to(tl.int64))
+    best = tl.load(best_ptr + row * num_chunks + o_c, mask=m_c, other=float("-inf"))
+    best, chunk = tl.max(best, axis=0, return_indices=True, return_indices_tie_break_left=True)
+    best_id = tl.load(best_id_ptr + row * num_chunks + chunk)
+    is_restricted = (temperature > 0) & _is_restricted(row, top_k_ptr, top_p_ptr, min_p_ptr, V)
+    row_max = tl.full([], float("-inf"), tl.float32)
+    if is_restricted:
+        row_max = tl.load(state_ptr + 5 * row + 3)
+    if row_max == float("-inf"):
+        tl.store(out_ptr + row, best_id.to(tl.int64))
         return
-    top_k, top_p, min_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row), tl.load(min_p_ptr + row)
+    top_k, top_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
     seed, step = tl.load(seeds_ptr + row), tl.load(steps_ptr + row)
-    row_ptr = logits_ptr + row.to(tl.int64) * V
-    values_ptr += row.to(tl.int64) * LIMIT
-    ids_ptr += row.to(tl.int64) * LIMIT
-    sharpness = _sharpness(temperature)
-    totals = tl.load(total_ptr + o_c, mask=m_c, other=0.0)
-    total = tl.sum(tl.where(totals > 0, totals * tl.exp2((best - row_max) * sharpness), 0.0), axis=0)
-    low = tl.min(tl.load(least_ptr + o_c, mask=m_c, other=float("inf")), axis=0)
-    high = row_max + tl.maximum(tl.abs(row_max), 1.0) * (2.0**-20)  # above every logit
-
-    by_count = (top_k > 0) & (top_k < V)
-    target = tl.where(by_count, top_k.to(tl.float32), top_p * total)
-    if (by_count == 0) & (top_p < 1):
-        # what lies this far below the maximum is, all together, less than the 1 - top_p that may go
-        spare = tl.maximum((1.0 - top_p) * total, 1e-30)
-        low = tl.maximum(low, row_max - temperature * (tl.log(V.to(tl.float32) / spare) + 1.0))
-    floor = low
-    if min_p > 0:
-        floor = row_max + temperature * tl.log(min_p)
-    num_reached = V
-    if by_count | (top_p < 1):
-        slope = tl.where(by_count, 0.0, sharpness)
-        low, num_reached = _narrow(row_ptr, V, slope, row_max, low, high, target, LIMIT, P, BLOCK)
-    else:
-        low = tl.maximum(low, floor)
-        counts, _ = _measure(row_ptr, V, 0.0, row_max, _pivots(low, low, P), P, BLOCK)
-        num_reached = tl.max(counts)
-    if num_reached <= LIMIT:
-        _gather(row_ptr, V, low, values_ptr, ids_ptr, 4 * BLOCK)
-        o_l = tl.arange(0, LIMIT)
-        exists = o_l < num_reached
-        x = tl.load(values_ptr + o_l, mask=exists, other=float("-inf"))
-        ids = tl.load(ids_ptr + o_l, mask=exists, other=0)
-        mass = tl.where(exists, tl.exp2((x - row_max) * sharpness), 0.0)
-        if by_count:
-            low = _halve(x, exists.to(tl.float32), target, low, high)
-            target = top_p * tl.sum(tl.where(x >= low, mass, 0.0), axis=0)
+    floor = _floor(row, min_p_ptr, row_max, temperature)
+    low, beyond = tl.load(state_ptr + 5 * row), tl.load(state_ptr + 5 * row + 2)
+    total = tl.load(state_ptr + 5 * row + 4)
+    counts = tl.load(count_ptr + row * num_chunks + o_c, mask=m_c, other=0)
+    if tl.max(counts, axis=0) <= SEGMENT:
+        o_s = tl.arange(0, SEGMENT)
+        exists = o_s[None, :] < counts[:, None]
+        places = (row * num_chunks + o_c).to(tl.int64)[:, None] * SEGMENT + o_s[None, :]
+        shape: tl.constexpr = [BLOCK_C * SEGMENT]
+        x = tl.reshape(tl.load(values_ptr + places, mask=exists, other=float("-inf")), shape)
+        ids = tl.reshape(tl.load(ids_ptr + places, mask=exists, other=0), shape)
+        mass = tl.exp2(tl.maximum(x - row_max, -1e30) * _sharpness(temperature))
+        target = top_p * total
+        if (top_k > 0) & (top_k < V):
+            low = _halve(x, (x > float("-inf")).to(tl.float32), 0.0, top_k.to(tl.float32))
+            x = tl.where(x >= low, x, float("-inf"))
+            mass = tl.where(x >= low, mass, 0.0)
+            target = top_p * tl.sum(mass, axis=0)
+            beyond = 0.0
         if top_p < 1:
-            low = _halve(x, mass, target, low, high)
-        kept = exists & (x >= tl.maximum(low, floor))
-        _, chosen = _pick(x, ids, kept, temperature, seed, step)
+            low = _halve(x, mass, beyond, target)
+        kept = x >= tl.maximum(low, floor)
+        value, token = _pick(x, ids, kept, temperature, seed, step)
+        best_id = tl.where((value > best) | ((value == best) & (token < best_id)), token, best_id)
     else:
-        # more tokens are left than candidates fit: a wide min-p, a very large top-k, thousands of equal logits
-        if by_count & (top_p < 1):
-            _, kept_mass = _measure(row_ptr, V, sharpness, row_max, _pivots(low, low, P), P, BLOCK)
-            target = top_p * tl.max(kept_mass)
-            low, num_reached = _narrow(row_ptr, V, sharpness, row_max, low, high, target, 0, P, BLOCK)
-        chosen = _pick_from_row(row_ptr, V, temperature, tl.maximum(low, floor), seed, step, 4 * BLOCK)
-    tl.store(out_ptr + row, chosen.to(tl.int64))
+        row_ptr = logits_ptr + row.to(tl.int64) * V
+        best_id = _search_row(row_ptr, V, low, row_max, total, top_k, top_p, temperature, floor, seed, step, P, BLOCK)
+    tl.store(out_ptr + row, best_id.to(tl.int64))
 
 
 def sample(
@@ -308,91 +476,42 @@ def sample(
     if num_rows == 0:
         return ids
     num_chunks = triton.cdiv(vocab_size, _CHUNK)
-    shape = (num_rows, num_chunks)
-    best, totals, least = (torch.empty(shape, dtype=torch.float32, device=logits.device) for _ in range(3))
-    best_ids = torch.empty(shape, dtype=torch.int32, device=logits.device)
-    values = torch.empty((num_rows, _NUM_CANDIDATES), dtype=torch.float32, device=logits.device)
-    value_ids = torch.empty((num_rows, _NUM_CANDIDATES), dtype=torch.int32, device=logits.device)
-    settings = (temperature, top_k, top_p, min_p, seeds, steps)
-    launch = dependent_launch(logits.device)
-    _scan_kernel[(num_rows, num_chunks)](
-        logits, *settings, best, best_ids, totals, least, V=vocab_size, CHUNK=_CHUNK, num_warps=8, **launch
+    block_c = triton.next_power_of_2(num_chunks)
+    segment = max(1, _NUM_CANDIDATES // block_c)
+
+    def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty((num_rows, *shape), dtype=dtype, device=logits.device)
+
+    best, totals, least = scratch(num_chunks), scratch(num_chunks), scratch(num_chunks)
+    best_ids, counts = scratch(num_chunks, dtype=torch.int32), scratch(num_chunks, dtype=torch.int32)
+    groups, masses, state = scratch(num_chunks, _GROUPS), scratch(num_chunks, _NUM_PIVOTS), scratch(_STATE)
+    values, value_ids = scratch(num_chunks, segment), scratch(num_chunks, segment, dtype=torch.int32)
+    restrictions = (temperature, top_k, top_p)
+    settings = (*restrictions, min_p, seeds, steps)
+    arrivals = arrival_counters(logits.device)
+    launch = dependent_launch(logits.device) | {"num_warps": 8}
+    sizes = {"CHUNK": _CHUNK, "GROUPS": _GROUPS, "BLOCK_C": block_c}
+    grid = (num_rows, num_chunks)
+    _scan_kernel[grid](
+        logits, *settings, best, best_ids, totals, least, groups, state, arrivals, vocab_size, **sizes, **launch
     )
+    for _ in range(_NUM_ROUNDS):
+        _narrow_kernel[grid](
+            logits, *restrictions, masses, state, arrivals, vocab_size, BLOCK=256, P=_NUM_PIVOTS, **sizes, **launch
+        )
+    found = (best, best_ids, counts, values, value_ids, state)
+    _gather_kernel[grid](logits, *settings, *found, vocab_size, CHUNK=_CHUNK, SEGMENT=segment, **launch)
     _choose_kernel[(num_rows,)](
         logits,
         *settings,
-        best,
-        best_ids,
-        totals,
-        least,
-        values,
-        value_ids,
+        *found,
         ids,
         num_chunks,
         vocab_size,
-        BLOCK_C=triton.next_power_of_2(num_chunks),
+        BLOCK_C=block_c,
         BLOCK=1024,
-        LIMIT=_NUM_CANDIDATES,
+        SEGMENT=segment,
         P=4,
-        num_warps=8,
         **launch,
     )
     return ids
-
-
-@triton.jit
-def _penalize_kernel(
-    logits_ptr,
-    prompt_mask_ptr,
-    output_counts_ptr,
-    repetition_ptr,
-    presence_ptr,
-    frequency_ptr,
-    V: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    allow_next(PDL)
-    wait_for_previous(PDL)
-    row = tl.program_id(0)
-    factor, presence = tl.load(repetition_ptr + row), tl.load(presence_ptr + row)
-    frequency = tl.load(frequency_ptr + row)
-    if (factor == 1) & (presence == 0) & (frequency == 0):
-        return  # a row without penalties costs nothing
-    o_v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = o_v < V
-    ptrs = row.to(tl.int64) * V + o_v
-    x = tl.load(logits_ptr + ptrs, mask=mask, other=0.0)
-    count = tl.load(output_counts_ptr + ptrs, mask=mask, other=0)
-    in_prompt = tl.load(prompt_mask_ptr + ptrs, mask=mask, other=0) != 0
-    penalized = tl.where(x > 0, tl.div_rn(x, factor), x * factor)
-    x = tl.where(in_prompt | (count > 0), penalized, x)
-    x -= count.to(tl.float32) * frequency + tl.where(count > 0, presence, 0.0)
-    tl.store(logits_ptr + ptrs, x, mask=mask)
-
-
-def penalize_(
-    logits: Tensor,
-    prompt_mask: Tensor,
-    output_counts: Tensor,
-    repetition: Tensor,
-    presence: Tensor,
-    frequency: Tensor,
-) -> Tensor:
-    num_rows, vocab_size = logits.shape
-    if not logits.is_contiguous() or logits.dtype != torch.float32:
-        raise KernelError(f"penalize_ works in place on contiguous float32 logits, got {logits.dtype}")
-    if num_rows:
-        _penalize_kernel[(num_rows, triton.cdiv(vocab_size, _CHUNK))](
-            logits,
-            prompt_mask,
-            output_counts,
-            repetition,
-            presence,
-            frequency,
-            V=vocab_size,
-            BLOCK=_CHUNK,
-            num_warps=8,
-            **dependent_launch(logits.device),
-        )
-    return logits
