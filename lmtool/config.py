@@ -7,10 +7,15 @@ Does not know torch, the command line or any model.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from numbers import Integral, Real
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from lmtool.errors import ConfigError, RequestError
 
 DTYPES = ("auto", "float16", "bfloat16", "float32")
+MODEL_FORMATS = ("hf", "gguf")
 MAX_LOGPROBS = 20
 
 
@@ -21,6 +26,44 @@ def _flag(name: str) -> str:
 def _check(ok: bool, name: str, value: object, wanted: str, error: type[ConfigError] | type[RequestError]) -> None:
     if not ok:
         raise error(f"{_flag(name)} is {value!r}", f"give {wanted}")
+
+
+_NUMBERS: dict[Any, Any] = {int: Integral, float: Real}  # numpy's numbers are numbers too
+_IN_WORDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "True or False",
+    NoneType: "None",
+    tuple[str, ...]: "a list of texts",
+    tuple[int, ...]: "a list of whole numbers",
+    Mapping[int, float]: "a mapping of token ids to numbers",
+}
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _check_types(config: Any, error: type[ConfigError] | type[RequestError]) -> None:
+    """A value of a wrong type is refused here, where its name is known, and not by the engine's thread."""
+    for name, hint in _hints(config.__class__).items():
+        value = getattr(config, name)
+        if not _is_a(value, hint):
+            words = (_IN_WORDS[kind] for kind in (get_args(hint) if hint not in _IN_WORDS else (hint,)))
+            _check(False, name, value, " or ".join(words), error)
+
+
+def _is_a(value: object, hint: Any) -> bool:
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_is_a(item, parts[0]) for item in value)
+    if origin is Mapping:
+        return isinstance(value, Mapping) and all(_is_a(k, parts[0]) and _is_a(v, parts[1]) for k, v in value.items())
+    if parts:  # a union
+        return any(_is_a(value, part) for part in parts)
+    return isinstance(value, _NUMBERS.get(hint, hint)) and (hint is bool or not isinstance(value, bool))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,12 +99,16 @@ class EngineConfig:
         def check(ok: bool, name: str, wanted: str) -> None:
             _check(ok, name, getattr(self, name), wanted, ConfigError)
 
+        _check_types(self, ConfigError)
         check(self.dtype in DTYPES, "dtype", "one of " + ", ".join(DTYPES))
+        check(self.model_format in (None, *MODEL_FORMATS), "model_format", "one of " + ", ".join(MODEL_FORMATS))
         check(self.session_len is None or self.session_len >= 1, "session_len", "a number of tokens above 0")
         check(1 <= self.max_batch_size <= 4096, "max_batch_size", "a number from 1 to 4096")
-        check(self.max_batched_tokens is None or self.max_batched_tokens >= 64, "max_batched_tokens", "at least 64 tokens")
+        check(
+            self.max_batched_tokens is None or self.max_batched_tokens >= 64, "max_batched_tokens", "at least 64 tokens"
+        )
         check(0 < self.cache_max_entry_count < 1, "cache_max_entry_count", "a share between 0 and 1")
-        check(self.cache_gb is None or self.cache_gb > 0, "cache_gb", "a size in GiB above 0")
+        check(self.cache_gb is None or 0 < self.cache_gb < math.inf, "cache_gb", "a size in GiB above 0")
 
 
 # LMDeploy has two engines and a class for each; lmtool has one
@@ -108,7 +155,9 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         for name in ("bad_words", "stop", "stop_token_ids"):
             value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+            if isinstance(value, str | list | set | frozenset):
+                object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        _check_types(self, RequestError)
 
         def check(ok: bool, name: str, wanted: str) -> None:
             _check(ok, name, getattr(self, name), wanted, RequestError)
