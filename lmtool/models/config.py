@@ -11,6 +11,7 @@ from lmtool.errors import CheckpointError
 
 T = TypeVar("T", int, float, str, bool)
 _REQUIRED: Any = object()
+_IN_WORDS: dict[type, str] = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +83,7 @@ class Reader:
                 return float(value)
             if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
                 raise CheckpointError(
-                    f"{self._where}: {name} is {value!r}", f"a {kind.__name__} is expected: the file is damaged"
+                    f"{self._where}: {name} is {value!r}", f"{_IN_WORDS[kind]} is expected: the file is damaged"
                 )
             return value
         if default is _REQUIRED:
@@ -122,7 +123,7 @@ def read_decoder(hf: Reader, architecture: str, **difference: Any) -> ModelConfi
     """What all families share, in Hugging Face's names; ``difference`` overrides fields."""
     hidden_size = hf.get(int, "hidden_size")
     num_heads = hf.get(int, "num_attention_heads")
-    head_dim = hf.get(int, "head_dim", "kv_channels", default=hidden_size // num_heads)
+    head_dim = hf.get(int, "head_dim", "kv_channels", default=hidden_size // max(num_heads, 1))  # 0 is refused below
     activation = hf.get(str, "hidden_act", default="silu")
     if activation not in ("silu", "swish"):
         raise CheckpointError(f"config.json: hidden_act is {activation!r}", "only silu is supported")

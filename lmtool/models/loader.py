@@ -133,6 +133,12 @@ class _Source:
     def tensor(self, ours: str, i: int = 0) -> Tensor:
         self.check_shape(ours, i)
         parts = [self.checkpoint.tensor(name) for name in self.sources(ours, i)]
+        for name, part in zip(self.sources(ours, i), parts, strict=True):
+            if not part.is_floating_point():
+                raise CheckpointError(
+                    f"{self.checkpoint.path}: {name} holds {part.dtype} numbers".replace("torch.", ""),
+                    "codes of a quantized model, which config.json does not explain: download the model again",
+                )
         joined = parts[0] if len(parts) == 1 else torch.cat(parts)
         transform = getattr(self.family, "TRANSFORMS", {}).get(ours)
         if transform is not None:

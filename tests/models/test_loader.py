@@ -51,6 +51,12 @@ def test_wrong_shape_names_the_tensor(folder: Path) -> None:
         load(folder)
 
 
+def test_codes_are_not_taken_for_weights(folder: Path) -> None:
+    rewrite(folder, {"model.layers.1.mlp.down_proj.weight": torch.ones(64, 96, dtype=torch.int8)})
+    with pytest.raises(CheckpointError, match=r"down_proj\.weight holds int8 numbers; codes of a quantized model"):
+        load(folder)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -58,6 +64,7 @@ def test_wrong_shape_names_the_tensor(folder: Path) -> None:
         ({"architectures": []}, "names no architecture"),
         ({"hidden_size": "64"}, "hidden_size is '64'"),
         ({"hidden_size": None}, "has no hidden_size"),
+        ({"num_attention_heads": 0}, "num_heads is 0"),
         ({"num_key_value_heads": 3}, "4 attention heads and 3 key/value heads"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "'yarn' is not supported"),
         ({"hidden_act": "gelu"}, "only silu is supported"),
