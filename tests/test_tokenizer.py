@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as LibraryTokenizer
 
 from lmtool.checkpoint.hub import resolve_model
 from lmtool.engine.detokenizer import Detokenizer
-from lmtool.errors import TokenizerError
+from lmtool.errors import RequestError, TokenizerError
 from lmtool.tokenizer import Tokenizer, load_tokenizer
 from lmtool.tokenizer.bpe import PRE_TOKENIZERS
 from tests.tokenizer_files import SENTENCES, TEXTS, folder_with
@@ -244,7 +244,8 @@ def test_add_bos_token_of_a_llama(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "holds no tokenizer.json, tokenizer.model or"),
+        ({}, "holds no model; give a folder with config.json, or a .gguf file"),
+        ({"config.json": {}}, "holds no tokenizer.json, tokenizer.model or"),
         ({"tokenizer.json": b"{"}, "tokenizer.json cannot be read"),
         ({"tokenizer.json": {"version": "1.0"}}, "tokenizer.json cannot be read"),
         ({"tokenizer.model": b"nonsense"}, "tokenizer.model holds no sentencepiece model"),
@@ -256,6 +257,12 @@ def test_broken_folders_are_refused(tmp_path: Path, files: dict[str, Any], messa
     with pytest.raises(TokenizerError, match=message) as caught:
         load_tokenizer(folder_with(tmp_path, files))
     assert "\n" not in str(caught.value)
+
+
+def test_half_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
+    byte_level_json().save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(RequestError, match=r"character 2 of the text is '\\udcff', half a surrogate pair"):
+        load_tokenizer(tmp_path).encode("ab\udcff")
 
 
 def test_an_unknown_decoder_is_refused(tmp_path: Path) -> None:

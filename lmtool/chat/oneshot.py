@@ -33,6 +33,8 @@ def read_question(prompt: str | None, stdin: TextIO) -> str | None:
             ) from error
     if parts == [None]:
         return None
+    if prompt is not None and not prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise InputError("--prompt is not UTF-8 text", "give text, or pipe it in")
     question = "\n\n".join(part for part in parts if part and part.strip())
     if not question:
         raise InputError("the prompt is empty", "give --prompt TEXT, or pipe a text that is not empty")

@@ -113,7 +113,12 @@ class GgufFile:
 
     def _read_header(self, cursor: "_Cursor") -> None:
         if bytes(self._bytes[:4]) != b"GGUF":
-            raise CheckpointError(f"{self.path} is not a GGUF file: it begins with {bytes(self._bytes[:4])!r}")
+            beginning = bytes(self._bytes[:64])
+            if beginning.startswith(b"version https://git-lfs"):
+                raise CheckpointError(
+                    f"{self.path} is a Git LFS pointer, not the weights", "run `git lfs pull` in that folder"
+                )
+            raise CheckpointError(f"{self.path} is not a GGUF file: it begins with {beginning[:4]!r}", DOWNLOAD_AGAIN)
         cursor.offset = 4
         version = cursor.read("<I")
         if version not in (2, 3):

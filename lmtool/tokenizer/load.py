@@ -71,9 +71,9 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise TokenizerError(f"{path} cannot be read as JSON: {error}", "download the tokenizer again") from error
+        raise TokenizerError(f"{path} cannot be read as JSON: {error}", "download that file again") from error
     if not isinstance(value, dict):
-        raise TokenizerError(f"{path} is not a JSON object", "download the tokenizer again")
+        raise TokenizerError(f"{path} is not a JSON object", "download that file again")
     return value
 
 
@@ -90,6 +90,8 @@ def _folder_vocabulary(
         return sentencepiece_model.from_model_file(model, added), [], []
     if library.exists():
         return bpe.from_tokenizer_json(library)
+    if not (folder / "config.json").exists():
+        raise TokenizerError(f"{folder} holds no model", "give a folder with config.json, or a .gguf file")
     raise TokenizerError(
         f"{folder} holds no tokenizer.json, tokenizer.model or *.tiktoken", "download the tokenizer's files into it"
     )

@@ -52,7 +52,11 @@ class Tokenizer:
         return self.vocabulary.strips_leading_space
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
-        """Ids of a text. Texts such as '<|im_end|>' become the token of that name only with `parse_special`."""
+        """Ids of a text. Texts such as '<|im_end|>' become the token of that name only with `parse_special`.
+
+        Raises RequestError for half a surrogate pair: the libraries behind this disagree on what it is.
+        """
+        _check_unicode(text)
         ids = self.vocabulary.encode(text, parse_special) if text else []
         return [*self.prefix_ids, *ids, *self.suffix_ids] if add_special else ids
 
@@ -120,6 +124,15 @@ class Tokenizer:
             part = part.replace(begin, "").replace(end, "")
             ids += self.encode(part, add_special=False, parse_special=i % 2 == 0)
         return ids
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"character {error.start} of the text is {text[error.start]!r}, half a surrogate pair", "give UTF-8 text"
+        ) from error
 
 
 def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:

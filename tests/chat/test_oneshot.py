@@ -40,6 +40,8 @@ def test_an_empty_question_is_refused(prompt: str | None, piped: bytes) -> None:
 def test_what_is_no_text_is_refused() -> None:
     with pytest.raises(InputError, match="stdin is not UTF-8 text"):
         oneshot.read_question(None, _stdin(b"ab\xff"))
+    with pytest.raises(InputError, match="--prompt is not UTF-8 text"):
+        oneshot.read_question("ab\udcff", _stdin(b""))  # what Python makes of such an argument
 
 
 def _ask(question: str, **config: Any) -> tuple[FakeBackend, list[dict[str, str]], GenerationConfig]:

@@ -176,6 +176,7 @@ def test_broken_files_are_refused_by_name(tmp_path: Path) -> None:
         b"": "broken.gguf cannot be read",
         b"GGUF": "cut off or corrupt",
         b"PK\3\4" + whole[4:]: "is not a GGUF file",
+        b"version https://git-lfs.github.com/spec/v1\n": "is a Git LFS pointer",
         whole[:200]: "cut off or corrupt",
         whole[:-5000]: r"cut off: tensor \S+ ends at byte \d+, the file at \d+",
         whole[:4] + struct.pack("<I", 1) + whole[8:]: "GGUF version 1",
