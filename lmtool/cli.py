@@ -125,6 +125,8 @@ def main(args: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except ModuleNotFoundError as error:
         return _fail(f"{error.name} is not installed; `lmtool check_env` says what to install", EXIT_USAGE)
+    except PermissionError as error:
+        return _fail(f"{error.filename}: permission denied; change its mode, or give another file", EXIT_USAGE)
     except Exception as error:
         hint = "" if log.is_verbose() else "; run with -v for the traceback"
         return _fail(f"{type(error).__name__}: {error}{hint}", EXIT_INTERNAL)

@@ -59,8 +59,9 @@ class Totals:
         self.num_generated_tokens += turn.num_generated_tokens
 
     def line(self) -> str:
+        answers = "1 answer" if self.num_turns == 1 else f"{self.num_turns} answers"
         return (
-            f"total       {self.num_turns} answers, {self.num_prompt_tokens:,} prompt tokens "
+            f"total       {answers}, {self.num_prompt_tokens:,} prompt tokens "
             f"({self.num_cached_tokens:,} cached), {self.num_generated_tokens:,} generated"
         )
 

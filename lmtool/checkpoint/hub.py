@@ -45,16 +45,19 @@ def resolve_model(name: str, *, revision: str | None = None, download_dir: Path 
     """The folder or .gguf file of a model, downloaded first when `name` is a hub id that is not in the cache.
 
     name          a folder, a .gguf file, a short name, or a hub id 'organisation/model'
-    revision      branch, tag or commit on the hub
+    revision      branch, tag or commit on the hub; refused for what is on this machine
     download_dir  instead of the hub's own cache (HF_HOME); HF_HUB_OFFLINE is honoured
 
     Raises CheckpointError saying what was tried.
     """
     path = Path(name).expanduser()
     if name and path.exists():
+        if revision is not None:
+            raise CheckpointError(f"--revision {revision}: {name} is on this machine", "leave it out, or give a hub id")
         return path
     if name in SHORT_NAMES:
-        return SHORT_NAMES[name].installed_file() or _download(SHORT_NAMES[name].hub_id, revision, download_dir)
+        installed = None if revision else SHORT_NAMES[name].installed_file()  # a revision is the hub's
+        return installed or _download(SHORT_NAMES[name].hub_id, revision, download_dir)
     if HUB_ID.fullmatch(name) and not name.startswith(".") and path.suffix != ".gguf":
         return _download(name, revision, download_dir)
     near = get_close_matches(name, SHORT_NAMES, n=1, cutoff=0.4)

@@ -134,6 +134,8 @@ def _check_combination(question: str | None, *, json: bool, show_prompt: bool, l
         for flag, used in (("--json", json), ("--show-prompt", show_prompt)):
             if used:
                 raise ConfigError(f"{flag} has no prompt", "give --prompt TEXT or pipe one in")
+    if json and show_prompt:
+        raise ConfigError("--json and --show-prompt are two outputs", "give one of them")
     if logprobs is not None and not json:
         raise ConfigError("--logprobs has nowhere to go", "give --json as well")
 

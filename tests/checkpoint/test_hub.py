@@ -147,6 +147,11 @@ def test_folders_and_files_are_taken_as_they_are(tmp_path: Path, monkeypatch: py
     assert resolve_model(str(tmp_path / "m.gguf")) == tmp_path / "m.gguf"
 
 
+def test_a_revision_of_what_is_on_this_machine_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"--revision main: {tmp_path} is on this machine"):
+        resolve_model(str(tmp_path), revision="main")
+
+
 def test_the_short_name_is_the_installed_file_and_imports_nothing() -> None:
     path = resolve_model("smollm2-135m")
     assert path.name == "SmolLM2-135M-Instruct.Q4_1.gguf"
