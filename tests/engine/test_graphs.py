@@ -18,7 +18,7 @@ from lmtool.engine.device_runner import DeviceRunner
 from lmtool.engine.device_state import DeviceState
 from lmtool.engine.executor import LocalExecutor
 from lmtool.engine.graphs import bucket_sizes
-from lmtool.engine.kv_cache import BLOCK_SIZE, CachePlan
+from lmtool.engine.kv_cache import BLOCK_SIZE, CachePlan, block_bytes
 from lmtool.engine.scheduler import Scheduler
 from lmtool.engine.sequence import Request
 from lmtool.engine.setup import build_core
@@ -251,22 +251,29 @@ def on_gpu() -> Decoder:
 
 
 gpu = pytest.mark.gpu
-FEW_BLOCKS = 14 * 2 * 2 * 2 * BLOCK_SIZE * 16 * 4 / (1 << 30)  # GiB of 14 blocks in float32
 
 
 @gpu
 @pytest.mark.parametrize("cuda_graphs", [True, False])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"prefix_caching": False}, {"max_batched_tokens": 64}, {"cache_gb": FEW_BLOCKS}, {"max_batch_size": 3}],
+    [{}, {"prefix_caching": False}, {"max_batched_tokens": 64}, {"max_batch_size": 3}],
     ids=str,
 )
 def test_gpu_answers_are_the_cpus(cuda_graphs, settings, decoder, alone, on_gpu) -> None:  # noqa: ANN001
     core = gpu_core(on_gpu, cuda_graphs=cuda_graphs, **settings)
     check_equal(alone, run_all(core, REQUESTS), decoder, PROMPTS)
     check_equal(alone, run_all(core, REQUESTS), decoder, PROMPTS)
-    if "cache_gb" in settings:
-        assert core.scheduler.counters.num_preemptions > 0
+    core.scheduler.blocks.check_integrity([])
+
+
+@gpu
+def test_gpu_answers_survive_preemption(decoder: Decoder, on_gpu: Decoder) -> None:
+    requests = [request(i, PROMPTS[i], max_new_tokens=150) for i in range(4)]
+    ten_blocks = 10 * block_bytes(on_gpu.config, on_gpu.dtype) / (1 << 30)
+    core = gpu_core(on_gpu, cache_gb=ten_blocks)
+    check_equal(run_all(tiny_core(decoder, session_len=320), requests), run_all(core, requests), decoder, PROMPTS)
+    assert core.scheduler.counters.num_preemptions > 0
     core.scheduler.blocks.check_integrity([])
 
 
