@@ -13,53 +13,20 @@ import triton.language as tl
 from torch import Tensor
 
 from lmtool.kernels.triton.launch import allow_next, arrival_counters, dependent_launch, wait_for_previous
+from lmtool.kernels.triton.noise import load_logits, noisy_logits, pick, sharpness_of
 from lmtool.kernels.triton.penalties import penalize_
+from lmtool.kernels.triton.threshold import halve, kth_of, measure, narrowed, pivots_between, search_row
 
 __all__ = ["penalize_", "sample"]
 
 _CHUNK = 4096
 _GROUPS = 16  # of a chunk: each one's largest logit is kept
-_NUM_CANDIDATES = 4096
+_NUM_CANDIDATES = 2048
 _NUM_PIVOTS = 16
 _NUM_ROUNDS = 2  # each makes the interval 17 times narrower
+_FEW_PROGRAMS = 1024
 # a row's interval: low, high, the weight of what reaches high, the largest logit, the sum of exps (the largest has one)
 _STATE = 5
-
-
-@triton.jit
-def _mix(x):
-    """The 32-bit finalizer of the reference."""
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def _gumbel(seed, step, ids):
-    """Gumbel noise, the reference's hash of (seed, step, id)."""
-    low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-    first = _mix(low ^ _mix(high ^ 0x9E3779B9))
-    second = _mix(first ^ _mix(step.to(tl.uint32) ^ 0x85EBCA6B))
-    bits = _mix(_mix(ids.to(tl.uint32) ^ first) + second)
-    uniform = ((bits >> 9).to(tl.float32) + 0.5) * (2.0**-23)
-    return -tl.log(-tl.log(uniform))
-
-
-@triton.jit
-def _logits(row_ptr, o_v, V):
-    return tl.load(row_ptr + o_v, mask=o_v < V, other=float("-inf")).to(tl.float32)
-
-
-@triton.jit
-def _sharpness(temperature):
-    """exp((x - y) / temperature) = exp2((x - y) · sharpness); greedy rows never use it."""
-    return 1.4426950408889634 / tl.where(temperature > 0, temperature, 1.0)
-
-
-@triton.jit
-def _noisy(x, temperature, seed, step, ids):
-    """x / temperature + noise: the largest of a row is its sample."""
-    return tl.div_rn(x, temperature) + _gumbel(seed, step, ids)
 
 
 @triton.jit
@@ -95,16 +62,16 @@ def _scan_kernel(
     temperature = tl.load(temperature_ptr + row)
     is_restricted = (temperature > 0) & _is_restricted(row, top_k_ptr, top_p_ptr, min_p_ptr, V)
     o_v = chunk * CHUNK + tl.arange(0, CHUNK)
-    x = _logits(logits_ptr + row.to(tl.int64) * V, o_v, V)
+    x = load_logits(logits_ptr + row.to(tl.int64) * V, o_v, V)
     if (temperature > 0) & (is_restricted == 0):
-        x = _noisy(x, temperature, tl.load(seeds_ptr + row), tl.load(steps_ptr + row), o_v)
+        x = noisy_logits(x, temperature, tl.load(seeds_ptr + row), tl.load(steps_ptr + row), o_v)
         x = tl.where(o_v < V, x, float("-inf"))
     best, best_id = tl.max(x, axis=0, return_indices=True, return_indices_tie_break_left=True)
     out = row * num_chunks + chunk
     tl.store(best_ptr + out, best)
     tl.store(best_id_ptr + out, chunk * CHUNK + best_id)
     if is_restricted:
-        sharpness = _sharpness(temperature)
+        sharpness = sharpness_of(temperature)
         base = tl.where(best == float("-inf"), 0.0, best)
         tl.store(total_ptr + out, tl.sum(tl.exp2((x - base) * sharpness), axis=0))
         tl.store(least_ptr + out, tl.min(tl.where(x == float("-inf"), float("inf"), x), axis=0))
@@ -129,7 +96,7 @@ def _scan_kernel(
                 tops = tl.load(
                     group_ptr + row * num_chunks * GROUPS + o_g, mask=m_g, other=float("-inf"), cache_modifier=".cg"
                 )
-                low = _kth_of(tops, top_k, low, row_max)
+                low = kth_of(tops, top_k, low, row_max)
             elif top_p < 1:
                 # what lies this far below the maximum is, all together, less than the 1 - top_p that may go
                 spare = tl.maximum((1.0 - top_p) * total, 1e-30)
@@ -151,56 +118,9 @@ def _store_state(state_ptr, row, low, high, beyond):
 
 
 @triton.jit
-def _kth_of(tops, k, low, high):
-    """A value from low up that at least k logits reach, since k groups' largest do; low if there are fewer groups."""
-    for _ in range(16):
-        middle = low + (high - low) * 0.5
-        holds = tl.sum((tops >= middle).to(tl.int32), axis=0) >= k
-        low = tl.where(holds, middle, low)
-        high = tl.where(holds, high, middle)
-    return low
-
-
-@triton.jit
 def _is_restricted(row, top_k_ptr, top_p_ptr, min_p_ptr, V):
     top_k = tl.load(top_k_ptr + row)
     return ((top_k > 0) & (top_k < V)) | (tl.load(top_p_ptr + row) < 1) | (tl.load(min_p_ptr + row) > 0)
-
-
-@triton.jit
-def _pivots(low, high, P: tl.constexpr):
-    """[P, 1] values that cut low … high into P + 1 equal parts; the last ones may round to an end."""
-    return low + (high - low) * ((tl.arange(0, P)[:, None] + 1) / (P + 1.0))
-
-
-@triton.jit
-def _measure(row_ptr, start, stop, V, sharpness, row_max, pivots, P: tl.constexpr, BLOCK: tl.constexpr):
-    """[P] for each pivot: the probability mass (the largest has one) of the logits from start to stop that reach it.
-
-    sharpness 0 makes the mass a number of tokens.
-    """
-    masses = tl.zeros([P, BLOCK], tl.float32)
-    for first in range(start, stop, 4 * BLOCK):
-        for part in tl.static_range(4):  # four loads on their way at once
-            x = _logits(row_ptr, first + part * BLOCK + tl.arange(0, BLOCK), V)
-            # what is not there is -inf and reaches no pivot: pivots are finite
-            mass = tl.exp2(tl.maximum(x - row_max, -1e30) * sharpness)
-            masses += tl.where(x[None, :] >= pivots, mass[None, :], 0.0)
-    return tl.sum(masses, axis=1)
-
-
-@triton.jit
-def _between(low, high, beyond, pivots, masses, target):
-    """The interval between the pivots on both sides of the threshold → (low, high, beyond).
-
-    The threshold is the largest value whose reached mass is at least target; low's is, high's is not.
-    """
-    inside = (pivots > low) & (pivots < high)
-    holds = masses >= target
-    beyond = tl.max(tl.where(inside & (holds == 0), masses, beyond))
-    new_low = tl.max(tl.where(inside & holds, pivots, low))
-    high = tl.min(tl.where(inside & (holds == 0), pivots, high))
-    return new_low, high, beyond
 
 
 @triton.jit
@@ -220,39 +140,40 @@ def _narrow_kernel(
     P: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (row, chunk): what of the chunk reaches P pivots between low and high; the last one moves low and high.
+    """Program (row, i): what of its chunks reaches P pivots between low and high; the last one moves low and high.
 
     Rows whose top-k the groups' largest logits have answered, and rows without top-k and top-p, have nothing to do.
     """
     allow_next(PDL)
     wait_for_previous(PDL)
-    row, chunk, num_chunks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    row, part, num_parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     temperature = tl.load(temperature_ptr + row)
     top_k, top_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
     by_count = (top_k > 0) & (top_k < V)
-    is_open = tl.where(by_count, top_k * 2 > num_chunks * GROUPS, top_p < 1)
+    is_open = tl.where(by_count, top_k * 2 > tl.cdiv(V, CHUNK) * GROUPS, top_p < 1)
     if (temperature <= 0) | (is_open == 0):
         return
     low, high = tl.load(state_ptr + 5 * row), tl.load(state_ptr + 5 * row + 1)
     beyond, row_max = tl.load(state_ptr + 5 * row + 2), tl.load(state_ptr + 5 * row + 3)
-    slope = tl.where(by_count, 0.0, _sharpness(temperature))
+    slope = tl.where(by_count, 0.0, sharpness_of(temperature))
     row_ptr = logits_ptr + row.to(tl.int64) * V
-    start = chunk * CHUNK
-    masses = _measure(row_ptr, start, start + CHUNK, V, slope, row_max, _pivots(low, high, P), P, BLOCK)
+    size = tl.cdiv(tl.cdiv(V, CHUNK), num_parts) * CHUNK
+    start, stop = part * size, tl.minimum((part + 1) * size, V)
+    masses = measure(row_ptr, start, stop, V, slope, row_max, pivots_between(low, high, P), P, BLOCK)
     o_p = tl.arange(0, P)
-    tl.store(mass_ptr + (row * num_chunks + chunk) * P + o_p, masses)
+    tl.store(mass_ptr + (row * num_parts + part) * P + o_p, masses)
     tl.debug_barrier()  # every thread's part is written before this program is counted
-    if tl.atomic_add(arrivals_ptr + row, 1, sem="acq_rel") == num_chunks - 1:
+    if tl.atomic_add(arrivals_ptr + row, 1, sem="acq_rel") == num_parts - 1:
         tl.store(arrivals_ptr + row, 0)
         o_c = tl.arange(0, BLOCK_C)
-        parts = (row * num_chunks + o_c)[None, :] * P + o_p[:, None]
-        m_c = (o_c < num_chunks)[None, :]
+        parts = (row * num_parts + o_c)[None, :] * P + o_p[:, None]
+        m_c = (o_c < num_parts)[None, :]
         row_masses = tl.sum(
             tl.load(mass_ptr + parts, mask=m_c, other=0.0, cache_modifier=".cg"), axis=1, keep_dims=True
         )
         total = tl.load(state_ptr + 5 * row + 4)
         target = tl.where(by_count, top_k.to(tl.float32), top_p * total)
-        low, high, beyond = _between(low, high, beyond, _pivots(low, high, P), row_masses, target)
+        low, high, beyond = narrowed(low, high, beyond, pivots_between(low, high, P), row_masses, target)
         _store_state(state_ptr, row, low, high, beyond)
 
 
@@ -271,18 +192,21 @@ def _gather_kernel(
     values_ptr,
     ids_ptr,
     state_ptr,
+    group_ptr,
     V,
     CHUNK: tl.constexpr,
+    GROUPS: tl.constexpr,
     SEGMENT: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (row, chunk): the chunk's tokens between low and high, by id, and the sample of those above high.
+    """Program (row, i): the tokens of its chunks that reach low, by id.
 
-    A chunk has room for SEGMENT of them; it tells how many there are in any case.
+    A chunk has room for SEGMENT of them. Where there are more, those above high are sampled here, and only those
+    between the two are kept; the number of these is told in any case.
     """
     allow_next(PDL)
     wait_for_previous(PDL)
-    row, chunk = tl.program_id(0), tl.program_id(1)
+    row = tl.program_id(0)
     temperature = tl.load(temperature_ptr + row)
     if (temperature <= 0) | (_is_restricted(row, top_k_ptr, top_p_ptr, min_p_ptr, V) == 0):
         return
@@ -293,24 +217,35 @@ def _gather_kernel(
     top_k = tl.load(top_k_ptr + row)
     if (top_k > 0) & (top_k < V):
         high = float("inf")  # a top-p after it is measured over all that are left: they are all gathered
-    o_v = chunk * CHUNK + tl.arange(0, CHUNK)
-    x = _logits(logits_ptr + row.to(tl.int64) * V, o_v, V)
-    out = row * tl.num_programs(1) + chunk
-    found = (x >= low) & (x < high)
-    num_found = tl.sum(found.to(tl.int32), axis=0)
-    tl.store(count_ptr + out, num_found)
-    if num_found > 0:
-        place = tl.cumsum(found.to(tl.int32), axis=0) - 1
-        found = found & (place < SEGMENT)
-        tl.store(values_ptr + out.to(tl.int64) * SEGMENT + place, x, mask=found)
-        tl.store(ids_ptr + out.to(tl.int64) * SEGMENT + place, o_v, mask=found)
-    kept = (x >= tl.maximum(high, _floor(row, min_p_ptr, row_max, temperature))) & (o_v < V)
-    best = tl.full([], float("-inf"), tl.float32)
-    best_id = tl.full([], 2147483647, tl.int32)
-    if tl.max(kept.to(tl.int32), axis=0) > 0:
-        best, best_id = _pick(x, o_v, kept, temperature, tl.load(seeds_ptr + row), tl.load(steps_ptr + row))
-    tl.store(best_ptr + out, best)
-    tl.store(best_id_ptr + out, best_id)
+    sure = tl.maximum(high, _floor(row, min_p_ptr, row_max, temperature))
+    num_chunks = tl.cdiv(V, CHUNK)
+    o_x = tl.arange(0, CHUNK)
+    for chunk in range(tl.program_id(1), num_chunks, tl.num_programs(1)):
+        out = row * num_chunks + chunk
+        # groups whose largest logit is too small are not read again
+        largest = tl.load(group_ptr + out * GROUPS + o_x // (CHUNK // GROUPS))
+        o_v = chunk * CHUNK + o_x
+        m_v = (largest >= low) & (o_v < V)
+        row_ptr = logits_ptr + row.to(tl.int64) * V
+        x = tl.load(row_ptr + o_v, mask=m_v, other=float("-inf")).to(tl.float32)
+        found = x >= low
+        num_found = tl.sum(found.to(tl.int32), axis=0)
+        best = tl.full([], float("-inf"), tl.float32)
+        best_id = tl.full([], 2147483647, tl.int32)
+        if num_found > SEGMENT:
+            kept = (x >= sure) & m_v
+            if tl.max(kept.to(tl.int32), axis=0) > 0:
+                best, best_id = pick(x, o_v, kept, temperature, tl.load(seeds_ptr + row), tl.load(steps_ptr + row))
+            found = found & (x < high)
+            num_found = tl.sum(found.to(tl.int32), axis=0)
+        if num_found > 0:
+            place = tl.cumsum(found.to(tl.int32), axis=0) - 1
+            found = found & (place < SEGMENT)
+            tl.store(values_ptr + out.to(tl.int64) * SEGMENT + place, x, mask=found)
+            tl.store(ids_ptr + out.to(tl.int64) * SEGMENT + place, o_v, mask=found)
+        tl.store(count_ptr + out, num_found)
+        tl.store(best_ptr + out, best)
+        tl.store(best_id_ptr + out, best_id)
 
 
 @triton.jit
@@ -321,71 +256,6 @@ def _floor(row, min_p_ptr, row_max, temperature):
     if min_p > 0:
         floor = row_max + temperature * tl.log(min_p)
     return floor
-
-
-@triton.jit
-def _halve(x, weights, beyond, target):
-    """The largest of x whose reached weight, and beyond, is at least target; the least of x if none is."""
-    least = tl.min(tl.where(x == float("-inf"), float("inf"), x), axis=0)
-    most = tl.max(x, axis=0)
-    while most > least:
-        middle = least + (most - least) * 0.5
-        middle = tl.where(middle > least, middle, most)
-        holds = beyond + tl.sum(tl.where(x >= middle, weights, 0.0), axis=0) >= target
-        # both ends are values of x: equal values end the search at once
-        if holds:
-            least = tl.min(tl.where(x >= middle, x, float("inf")), axis=0)
-        else:
-            most = tl.max(tl.where(x < middle, x, float("-inf")), axis=0)
-    return least
-
-
-@triton.jit
-def _pick(x, ids, kept, temperature, seed, step):
-    """The kept token with the largest logit plus noise → (its value, its id)."""
-    noisy = tl.where(kept, _noisy(x, temperature, seed, step, ids), float("-inf"))
-    best = tl.max(noisy, axis=0)
-    return best, tl.min(tl.where(kept & (noisy == best), ids, 2147483647), axis=0)
-
-
-@triton.jit
-def _search_row(
-    row_ptr, V, low, row_max, total, top_k, top_p, temperature, floor, seed, step, P: tl.constexpr, BLOCK: tl.constexpr
-):
-    """The sample of a row by one program alone, with as many passes as it takes: for what does not fit the candidates.
-
-    Thousands of equal logits at the threshold, or a top-k of thousands.
-    """
-    by_count = (top_k > 0) & (top_k < V)
-    for is_mass in range(2):  # top-k first, then top-p of what it leaves
-        if tl.where(is_mass == 0, by_count, top_p < 1):
-            slope = _sharpness(temperature) * is_mass
-            high = row_max + tl.maximum(tl.abs(row_max), 1.0) * (2.0**-20)
-            target = tl.where(is_mass == 0, top_k.to(tl.float32), top_p * total)
-            is_open = True
-            is_first = (is_mass == 1) & by_count
-            while is_open:
-                # the first pass of a top-p after a top-k only measures what is left
-                pivots = _pivots(low, tl.where(is_first, low, high), P)
-                masses = _measure(row_ptr, 0, V, V, slope, row_max, pivots, P, BLOCK)[:, None]
-                if is_first:
-                    target = top_p * tl.max(masses)
-                    is_first = False
-                else:
-                    is_open = tl.max(((pivots > low) & (pivots < high)).to(tl.int32)) > 0
-                    low, high, _ = _between(low, high, 0.0, pivots, masses, target)
-    low = tl.maximum(low, floor)
-    best = tl.full([], float("-inf"), tl.float32)
-    chosen = tl.full([], 0, tl.int32)
-    for start in range(0, V, 4 * BLOCK):
-        o_v = start + tl.arange(0, 4 * BLOCK)
-        x = _logits(row_ptr, o_v, V)
-        kept = (o_v < V) & (x >= low)
-        if tl.max(kept.to(tl.int32), axis=0) > 0:
-            value, token = _pick(x, o_v, kept, temperature, seed, step)
-            chosen = tl.where(value > best, token, chosen)
-            best = tl.maximum(value, best)
-    return chosen
 
 
 @triton.jit
@@ -432,7 +302,11 @@ def _choose_kernel(
     top_k, top_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
     seed, step = tl.load(seeds_ptr + row), tl.load(steps_ptr + row)
     floor = _floor(row, min_p_ptr, row_max, temperature)
-    low, beyond = tl.load(state_ptr + 5 * row), tl.load(state_ptr + 5 * row + 2)
+    low, high, beyond = (
+        tl.load(state_ptr + 5 * row),
+        tl.load(state_ptr + 5 * row + 1),
+        tl.load(state_ptr + 5 * row + 2),
+    )
     total = tl.load(state_ptr + 5 * row + 4)
     counts = tl.load(count_ptr + row * num_chunks + o_c, mask=m_c, other=0)
     if tl.max(counts, axis=0) <= SEGMENT:
@@ -442,22 +316,25 @@ def _choose_kernel(
         shape: tl.constexpr = [BLOCK_C * SEGMENT]
         x = tl.reshape(tl.load(values_ptr + places, mask=exists, other=float("-inf")), shape)
         ids = tl.reshape(tl.load(ids_ptr + places, mask=exists, other=0), shape)
-        mass = tl.exp2(tl.maximum(x - row_max, -1e30) * _sharpness(temperature))
+        mass = tl.exp2(tl.maximum(x - row_max, -1e30) * sharpness_of(temperature))
         target = top_p * total
         if (top_k > 0) & (top_k < V):
-            low = _halve(x, (x > float("-inf")).to(tl.float32), 0.0, top_k.to(tl.float32))
+            low = halve(x, (x > float("-inf")).to(tl.float32), 0.0, top_k.to(tl.float32))
             x = tl.where(x >= low, x, float("-inf"))
             mass = tl.where(x >= low, mass, 0.0)
             target = top_p * tl.sum(mass, axis=0)
             beyond = 0.0
+            high = float("inf")
         if top_p < 1:
-            low = _halve(x, mass, beyond, target)
+            # what reaches high has been weighed already
+            low = halve(tl.where(x < high, x, float("-inf")), tl.where(x < high, mass, 0.0), beyond, target)
+            low = tl.minimum(low, high)
         kept = x >= tl.maximum(low, floor)
-        value, token = _pick(x, ids, kept, temperature, seed, step)
+        value, token = pick(x, ids, kept, temperature, seed, step)
         best_id = tl.where((value > best) | ((value == best) & (token < best_id)), token, best_id)
     else:
         row_ptr = logits_ptr + row.to(tl.int64) * V
-        best_id = _search_row(row_ptr, V, low, row_max, total, top_k, top_p, temperature, floor, seed, step, P, BLOCK)
+        best_id = search_row(row_ptr, V, low, row_max, total, top_k, top_p, temperature, floor, seed, step, P, BLOCK)
     tl.store(out_ptr + row, best_id.to(tl.int64))
 
 
@@ -492,15 +369,19 @@ def sample(
     launch = dependent_launch(logits.device) | {"num_warps": 8}
     sizes = {"CHUNK": _CHUNK, "GROUPS": _GROUPS, "BLOCK_C": block_c}
     grid = (num_rows, num_chunks)
+    # a row without restrictions has no work in the next three: few programs end sooner than many
+    few = (num_rows, max(1, min(num_chunks, _FEW_PROGRAMS // num_rows)))
     _scan_kernel[grid](
         logits, *settings, best, best_ids, totals, least, groups, state, arrivals, vocab_size, **sizes, **launch
     )
     for _ in range(_NUM_ROUNDS):
-        _narrow_kernel[grid](
+        _narrow_kernel[few](
             logits, *restrictions, masses, state, arrivals, vocab_size, BLOCK=256, P=_NUM_PIVOTS, **sizes, **launch
         )
     found = (best, best_ids, counts, values, value_ids, state)
-    _gather_kernel[grid](logits, *settings, *found, vocab_size, CHUNK=_CHUNK, SEGMENT=segment, **launch)
+    _gather_kernel[few](
+        logits, *settings, *found, groups, vocab_size, CHUNK=_CHUNK, GROUPS=_GROUPS, SEGMENT=segment, **launch
+    )
     _choose_kernel[(num_rows,)](
         logits,
         *settings,
