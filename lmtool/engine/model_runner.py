@@ -32,12 +32,10 @@ class ModelRunner:
         if not batch.num_tokens:
             return StepOutput([])
         inputs = self._tables.build(batch)
-        hidden = self.decoder.forward(inputs.ids, inputs.context, self._caches)
+        hidden = self.decoder.forward(inputs.ids, inputs.context, self._caches, inputs.sampled_rows)
         slots = batch.sampled_slots
         if not slots:
             return StepOutput([])
-        if inputs.sampled_rows is not None:
-            hidden = hidden.index_select(0, inputs.sampled_rows)
         output = self._sampler.sample(self.decoder.logits(hidden), slots, batch.bans)
         self._tables.last_tokens[slots] = output.token_ids
         return output
