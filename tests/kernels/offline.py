@@ -141,7 +141,6 @@ def launch_main_shapes() -> None:
     """What an 8B and a 1.8B model use, and the head dims that need most registers."""
     launch_rest(torch.float16)
     launch_linear(torch.float16, 1, 4096, 14336)
-    launch_linear(torch.float16, 1, 2048, 8192)
     launch_linear(torch.float16, 16, 4096, 14336)
     linear.linear(meta(16, 4096, dtype=torch.bfloat16), meta(4096, 4096, dtype=torch.bfloat16))
     for batch_size in (4, 16, 256):  # each has a configuration of its own

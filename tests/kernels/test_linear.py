@@ -9,7 +9,7 @@ from lmtool.kernels.triton import linear as triton_linear
 from tests.kernels.support import DTYPES, assert_close, normal
 
 # (rows, out features, in features): one row and a few, widths that are no power of two, fewer columns than a tile
-SHAPES = [(1, 5, 64), (1, 33, 200), (1, 12, 2304), (2, 40, 64), (5, 70, 200), (16, 33, 256), (19, 12, 40)]
+SHAPES = [(1, 33, 200), (1, 12, 2304), (2, 40, 64), (5, 70, 200), (19, 12, 40)]
 LARGE = [(1, 28672, 4096), (1, 4096, 14336), (3, 6144, 4096), (16, 4096, 14336), (64, 4096, 4096), (300, 4096, 4096)]
 SHAPES += [pytest.param(*shape, marks=pytest.mark.gpu) for shape in LARGE]
 EPS = 1e-5

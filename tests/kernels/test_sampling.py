@@ -28,7 +28,7 @@ RESTRICTIONS = [
     {"top_p": 0.0001},
     {"min_p": 0.2},
     {"top_k": 50, "top_p": 0.8, "min_p": 0.02, "temperature": 1.2},
-    {"top_k": 4800, "top_p": 0.99},  # more than the candidates that are gathered
+    {"top_k": 2400, "top_p": 0.99},  # more than the candidates that are gathered
     {"top_k": 100000},  # more than there are: off
 ]
 
@@ -36,9 +36,9 @@ RESTRICTIONS = [
 @pytest.mark.parametrize("values", RESTRICTIONS, ids=str)
 @pytest.mark.parametrize("scale", [0.01, 4.0])
 def test_the_same_tokens_as_the_reference(values, scale, device):
-    logits = normal(3, 5000, dtype=torch.float32, device=device, scale=scale)
+    logits = normal(2, 5000, dtype=torch.float32, device=device, scale=scale)
     logits[0, ::7] = -torch.inf
-    arguments = (logits, *settings(3, device, **values))
+    arguments = (logits, *settings(2, device, **values))
     assert torch.equal(triton_sampling.sample(*arguments), reference.sample(*arguments))
 
 
@@ -75,7 +75,7 @@ def test_half_precision_logits(dtype, device):
 
 def test_frequencies_follow_the_probabilities(device):
     probabilities = torch.tensor([0.5, 0.25, 0.15, 0.1])
-    rows = 80 if device.type == "cpu" else 20000
+    rows = 60 if device.type == "cpu" else 20000
     logits = probabilities.log().repeat(rows, 1).to(device)
     counts = torch.bincount(triton_sampling.sample(logits, *settings(rows, device)).cpu(), minlength=4)
     # five standard deviations of a binomial count
