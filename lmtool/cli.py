@@ -119,6 +119,8 @@ def main(args: Sequence[str] | None = None) -> int:
     except LmtoolError as error:
         return _fail(str(error), error.exit_code)
     except UsageError as error:
+        if not error.format_message():  # a group without a command: Click has shown its help
+            return EXIT_OK
         command = error.ctx.command_path if getattr(error, "ctx", None) else "lmtool"
         return _fail(f"{error.format_message().rstrip('.')}; see `{command} --help`", EXIT_USAGE)
     except (KeyboardInterrupt, typer.Abort):

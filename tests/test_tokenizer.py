@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as LibraryTokenizer
 
 from lmtool.checkpoint.hub import resolve_model
 from lmtool.engine.detokenizer import Detokenizer
-from lmtool.errors import RequestError, TokenizerError
+from lmtool.errors import CheckpointError, RequestError, TokenizerError
 from lmtool.tokenizer import Tokenizer, load_tokenizer
 from lmtool.tokenizer.bpe import PRE_TOKENIZERS
 from tests.tokenizer_files import SENTENCES, TEXTS, folder_with
@@ -257,6 +257,12 @@ def test_broken_folders_are_refused(tmp_path: Path, files: dict[str, Any], messa
     with pytest.raises(TokenizerError, match=message) as caught:
         load_tokenizer(folder_with(tmp_path, files))
     assert "\n" not in str(caught.value)
+
+
+def test_a_pickle_file_is_refused_with_the_command_that_converts_it(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(CheckpointError, match=f"lmtool convert {tmp_path} --allow-bin"):
+        load_tokenizer(tmp_path / "pytorch_model.bin")
 
 
 def test_half_a_surrogate_pair_is_refused(tmp_path: Path) -> None:

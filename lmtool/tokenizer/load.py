@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lmtool.checkpoint.formats import open_checkpoint
 from lmtool.checkpoint.gguf_file import GgufFile
 from lmtool.errors import TokenizerError
 from lmtool.tokenizer import bpe, chat_template, sentencepiece_model, tiktoken_model
@@ -24,9 +25,11 @@ def load_tokenizer(path: Path, *, chat_template: str | None = None) -> Tokenizer
     """The tokenizer of a model folder or a .gguf file.
 
     chat_template: NAME of a built-in or of one of the checkpoint's own, or a .jinja or .json FILE.
-    Raises TokenizerError when files are missing or broken or the name is unknown. A model without a template loads;
-    `render_chat` refuses then.
+    Raises CheckpointError for a file of another kind, TokenizerError when files are missing or broken or the name is
+    unknown. A model without a template loads; `render_chat` refuses then.
     """
+    if path.is_file() and path.suffix != ".gguf":
+        open_checkpoint(path)  # refuses every such file, and says what to do with each kind
     return _from_gguf(path, chat_template) if path.suffix == ".gguf" else _from_folder(path, chat_template)
 
 

@@ -31,9 +31,12 @@ def test_help(command: str, flag: str, capsys: pytest.CaptureFixture[str]) -> No
     assert "Usage: lmtool" in capsys.readouterr().out
 
 
-def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
-    assert _main() == 0
-    assert "chat" in capsys.readouterr().out
+@pytest.mark.parametrize(("words", "command"), [((), "chat"), (("bench",), "offline")])
+def test_no_command_shows_the_help(words: tuple[str, ...], command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _main(*words) == 0
+    shown = capsys.readouterr()
+    assert command in shown.out
+    assert shown.err == ""
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
