@@ -57,7 +57,7 @@ class Batch:
 
 @dataclass(slots=True)
 class StepOutput:
-    """One token per sampled slot; logprobs for the slots that asked."""
+    """One token per sampled slot, -1 where its logits were not numbers; logprobs for the slots that asked."""
 
     token_ids: list[int]
     logprobs: dict[int, TokenLogprob] = field(default_factory=dict)

@@ -87,6 +87,8 @@ class EngineCore:
         return [self._end(sequence, reported) for sequence in self.scheduler.fail(batch)]
 
     def _report(self, sequence: Sequence, logprob: TokenLogprob | None) -> TokenOutput:
+        if sequence.finish_reason == "error":
+            return self._end(sequence, EngineError("the model's numbers overflowed", "try --dtype bfloat16 or float32"))
         if sequence.finish_reason is not None:
             del self._sequences[sequence.request.request_id]
         return TokenOutput(

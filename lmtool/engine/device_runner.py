@@ -101,8 +101,9 @@ class DeviceRunner:
         state = self._state
         rows = state.rows[:num_rows]
         hidden, sampling = self._forward_rows(rows)
-        ids = kernels.sample(self.decoder.scores(hidden), *sampling)
-        kernels.advance_(rows, ids, state.longs)
+        scores = self.decoder.scores(hidden)
+        ids = kernels.sample(scores, *sampling)
+        kernels.advance_(rows, ids, scores, state.longs)
         return ids
 
     def _decode_with_extras(self, batch: Batch) -> Pending:
@@ -170,15 +171,15 @@ class DeviceRunner:
     def _sample(
         self, hidden: Tensor, rows: Tensor, sampling: tuple[Tensor, ...], slots: list[int], bans: list[tuple[int, int]]
     ) -> Pending:
-        if not self._extras.concerns(slots, bans):
-            ids = kernels.sample(self.decoder.scores(hidden), *sampling)
-            kernels.advance_(rows, ids, self._state.longs)
-            return self._launched(ids, slots)
-        logits = self.decoder.logits(hidden)
-        self._extras.adjust_(logits, slots, bans)
+        scores = self.decoder.scores(hidden)
+        special = self._extras.concerns(slots, bans)
+        logits = scores
+        if special:
+            logits = scores.to(torch.float32, copy=True)
+            self._extras.adjust_(logits, slots, bans)
         ids = kernels.sample(logits, *sampling)
-        kernels.advance_(rows, ids, self._state.longs)
-        return self._launched(ids, slots, self._extras.sampled(logits, ids, slots))
+        kernels.advance_(rows, ids, scores, self._state.longs)
+        return self._launched(ids, slots, self._extras.sampled(logits, ids, slots) if special else None)
 
     def _launched(self, ids: Tensor, slots: list[int], logprobs: dict[int, RowLogprob] | None = None) -> Pending:
         there = download(ids)

@@ -101,7 +101,7 @@ class LogitExtras:
         found = {}
         for row, extra in self._rows(slots):
             extra.num_answer_tokens += 1
-            token = ids[row : row + 1]
+            token = ids[row : row + 1].clamp_min(0)  # -1: there is none, and nobody will ask
             if extra.output_counts is not None:
                 _count(extra.output_counts, token)
             if extra.num_logprobs is not None:

@@ -200,8 +200,8 @@ class Scheduler:
     def finish(self, batch: Batch, output: StepOutput) -> list[Sequence | None]:
         """Take in what came out of ``batch``, the oldest that is not finished.
 
-        Returns for each of its `sampled_slots` the sequence that got the token; None: it had ended before, and the
-        step that was launched for it meanwhile is wasted.
+        Returns for each of its `sampled_slots` the sequence that got the token, or ended because none came; None: it
+        had ended before, and the step that was launched for it meanwhile is wasted.
         """
         flight = self._flights.popleft()
         assert flight.batch is batch, "steps are finished in the order in which they were scheduled"
@@ -220,7 +220,12 @@ class Scheduler:
             token_id = next(token_ids)
             sequence.num_inflight_tokens -= 1
             touched.append(None if over else sequence)
-            if not over:
+            if over:
+                continue
+            if token_id < 0:
+                sequence.finish_reason = "error"
+                self._leave(sequence, keep=False)
+            else:
                 sequence.append(token_id)
                 self.counters.num_generated_tokens += 1
                 if sequence.finish_reason is not None:

@@ -187,9 +187,14 @@ def step_rows(rows: Tensor, longs: Tensor, words: Tensor, tables: Tensor, block_
     return implementation("step", rows.device).step_rows(rows, longs, words, tables, block_size)
 
 
-def advance_(rows: Tensor, ids: Tensor, longs: Tensor) -> None:
-    """The rows' slots got a token: it is the next one to compute, one place further. ids [B] int64; others as above."""
-    implementation("step", rows.device).advance_(rows, ids, longs)
+def advance_(rows: Tensor, ids: Tensor, logits: Tensor, longs: Tensor) -> None:
+    """The rows' slots got a token: it is the next one to compute, one place further.
+
+    ids [B] int64, chosen from logits [B, V] in any float dtype; rows and longs as above. A row whose logits are not
+    numbers (its first one tells: what is wrong with a hidden state is wrong with all of them) gets id -1 in ``ids``;
+    its slot goes on with token 0, so that whatever comes after is at least in the vocabulary.
+    """
+    implementation("step", rows.device).advance_(rows, ids, logits, longs)
 
 
 def gather_logprobs(logits: Tensor, ids: Tensor) -> Tensor:

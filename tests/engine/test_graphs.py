@@ -219,6 +219,28 @@ def test_a_launch_that_fails_leaves_nothing_behind(decoder, alone, monkeypatch) 
     assert run_all(core, REQUESTS) == alone
 
 
+def overflows(core: EngineCore, requests: Sequence[Request]) -> None:
+    for one in requests:
+        core.add(one)
+    outputs = []
+    while core.has_work:
+        outputs += core.step()
+    assert [o.token_id for o in outputs] == [None] * len(requests)
+    assert all("overflowed" in str(o.error) for o in outputs)
+    core.scheduler.blocks.check_integrity([])
+
+
+def test_a_model_that_overflows_ends_its_requests_with_an_error(alone: dict[int, list[int]]) -> None:
+    decoder = tiny_decoder()
+    core = device_core(decoder, Late)
+    kept = decoder.final_norm.clone()
+    decoder.final_norm.fill_(torch.nan)
+    overflows(core, REQUESTS)
+    overflows(core, SPECIAL[4:])
+    decoder.final_norm.copy_(kept)
+    check_equal(alone, run_all(core, REQUESTS), decoder, PROMPTS)
+
+
 # ---------------------------------------------------------------------- on a GPU
 def gpu_decoder(dtype: torch.dtype = torch.float32, **difference: int) -> Decoder:
     """The tiny decoder's weights on the GPU; one of ``difference`` has weights of its own."""
@@ -335,6 +357,16 @@ def test_gpu_half_precision_follows_its_own_reference(dtype: torch.dtype) -> Non
                 assert token_id == int(top.indices[step, 0])
                 compared += 1
     assert compared > 40
+
+
+@gpu
+def test_gpu_survives_a_model_that_overflows(on_gpu: Decoder) -> None:
+    """Neither an index out of the vocabulary, which would end the process, nor an answer."""
+    broken = gpu_decoder()
+    broken.final_norm.fill_(torch.nan)
+    for requests in (SAMPLED, SPECIAL):
+        overflows(gpu_core(broken), requests)
+    assert len(run_all(gpu_core(on_gpu), REQUESTS[:1])[0]) == 40
 
 
 @gpu

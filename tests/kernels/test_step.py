@@ -50,10 +50,24 @@ def test_tokens_are_fed_back(num_rows, device):
     rows[num_rows // 2 + 1 :: 3] = -1
     rows = rows.to(device)
     ids = torch.randint(0, 1000, (num_rows,), device=device)
-    before, expected = longs.clone(), longs.clone()
-    reference.advance_(rows, ids, expected)
-    triton_step.advance_(rows, ids, longs)
+    logits = torch.zeros(num_rows, 1000, device=device)
+    before, expected, kept = longs.clone(), longs.clone(), ids.clone()
+    reference.advance_(rows, ids, logits, expected)
+    triton_step.advance_(rows, ids, logits, longs)
+    assert torch.equal(ids, kept)
     assert torch.equal(longs, expected)
     slot = int(rows[0])
     assert int(longs[TOKEN, slot]) == int(ids[0])
     assert (longs - before)[[POSITION, SEED, STEP], slot].tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize("kind", [reference, triton_step])
+def test_logits_that_are_not_numbers_give_no_token_and_go_on_inside_the_vocabulary(kind, device):
+    longs, _, _ = state(5, 4, device)
+    rows = torch.tensor([3, 0, 2, -1], dtype=torch.int32, device=device)
+    logits = torch.zeros(4, 50, device=device)
+    logits[1] = torch.nan
+    ids = torch.tensor([7, 9, 50, 60], device=device)
+    kind.advance_(rows, ids, logits, longs)
+    assert ids.tolist() == [7, -1, -1, -1]
+    assert longs[TOKEN, [3, 0, 2]].tolist() == [7, 0, 0]

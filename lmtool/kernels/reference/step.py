@@ -31,9 +31,11 @@ def step_rows(rows: Tensor, longs: Tensor, words: Tensor, tables: Tensor, block_
     )
 
 
-def advance_(rows: Tensor, ids: Tensor, longs: Tensor) -> None:
+def advance_(rows: Tensor, ids: Tensor, logits: Tensor, longs: Tensor) -> None:
+    wrong = logits[:, 0].isnan() | (ids < 0) | (ids >= logits.shape[1])
+    ids.masked_fill_(wrong, -1)
     live = rows >= 0
     slots = rows[live].long()
-    longs[TOKEN, slots] = ids[live]
+    longs[TOKEN, slots] = ids[live].clamp_min(0)
     longs[POSITION, slots] += 1
     longs[STEP, slots] += 1

@@ -94,27 +94,36 @@ def step_rows(rows: Tensor, longs: Tensor, words: Tensor, tables: Tensor, block_
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_slots"])
-def _advance_kernel(rows_ptr, ids_ptr, longs_ptr, num_rows, num_slots, BLOCK_B: tl.constexpr, PDL: tl.constexpr):
+def _advance_kernel(
+    rows_ptr, ids_ptr, logits_ptr, longs_ptr, num_rows, num_slots, V, BLOCK_B: tl.constexpr, PDL: tl.constexpr
+):
     allow_next(PDL)
     wait_for_previous(PDL)
     o_b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    slot = tl.load(rows_ptr + o_b, mask=o_b < num_rows, other=-1)
+    m_b = o_b < num_rows
+    slot = tl.load(rows_ptr + o_b, mask=m_b, other=-1)
     live = slot >= 0
-    token = tl.load(ids_ptr + o_b, mask=live, other=0)
-    tl.store(longs_ptr + slot, token, mask=live)
+    token = tl.load(ids_ptr + o_b, mask=m_b, other=0)
+    first_logit = tl.load(logits_ptr + o_b.to(tl.int64) * V, mask=m_b, other=0.0).to(tl.float32)
+    wrong = (first_logit != first_logit) | (token < 0) | (token >= V)
+    tl.store(ids_ptr + o_b, tl.full([BLOCK_B], -1, tl.int64), mask=m_b & wrong)
+    tl.store(longs_ptr + slot, tl.where(wrong, 0, token), mask=live)
     for field in tl.static_range(1, 4, 2):  # position and step, not the seed between them
         ptrs = longs_ptr + field * num_slots + slot
         tl.store(ptrs, tl.load(ptrs, mask=live, other=0) + 1, mask=live)
 
 
-def advance_(rows: Tensor, ids: Tensor, longs: Tensor) -> None:
+def advance_(rows: Tensor, ids: Tensor, logits: Tensor, longs: Tensor) -> None:
     num_rows = rows.shape[0]
+    logits = logits.contiguous()
     _advance_kernel[(triton.cdiv(num_rows, _ROWS_PER_PROGRAM),)](
         rows,
         ids,
+        logits,
         longs,
         num_rows,
         longs.shape[1],
+        logits.shape[1],
         BLOCK_B=_ROWS_PER_PROGRAM,
         num_warps=1,
         **dependent_launch(rows.device),
