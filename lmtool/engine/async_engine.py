@@ -32,8 +32,10 @@ class AsyncEngine:
 
     def abort(self, request_id: int) -> None:
         """End a request; its callback gets a last call with finish_reason 'abort'. Harmless when it is over."""
-        if self._thread.is_alive():
-            self._post(request_id)
+        with self._wake:
+            if self._broken is None and not self._closing:
+                self._inbox.append(request_id)
+                self._wake.notify()
 
     def close(self) -> None:
         """End all requests with an error and let go of the model."""
@@ -43,10 +45,10 @@ class AsyncEngine:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def _post(self, item: tuple[Request, Callback] | int) -> None:
+    def _post(self, item: tuple[Request, Callback]) -> None:
         with self._wake:
             if self._broken is not None:
-                raise self._broken
+                raise EngineError(self._broken.cause, self._broken.fix)  # an exception of its own for each caller
             if self._closing:
                 raise EngineError("the engine is closed")
             self._inbox.append(item)
@@ -97,6 +99,6 @@ class AsyncEngine:
                     self._callbacks[item[0].request_id] = item[1]
             self._inbox.clear()
         for request_id, callback in list(self._callbacks.items()):
-            callback(TokenOutput(request_id, None, "error", error=reason))
+            callback(TokenOutput(request_id, None, "error", error=EngineError(reason.cause, reason.fix)))
         self._callbacks.clear()
         self._core.close()

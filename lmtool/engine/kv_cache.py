@@ -58,9 +58,9 @@ def plan_cache(
     num_blocks = min(budget // one_block, most_useful)
     if num_blocks < (session_blocks if config.session_len else 2):
         raise MemoryShortError(
-            f"the K/V cache of one session of {session_len} tokens needs {session_blocks * one_block / _GIB:.2f} GiB, "
-            f"{budget / _GIB:.2f} GiB are given to it ({free_bytes / _GIB:.1f} GiB free)",
-            "lower --session-len, or raise --cache-gb or --cache-max-entry-count",
+            f"the K/V cache of one session of {session_len} tokens needs {session_blocks * one_block >> 20} MiB, "
+            f"{budget >> 20} MiB are given to it ({free_bytes >> 20} MiB free)",
+            "lower --session-len or raise " + ("--cache-gb" if device.type == "cpu" else "--cache-max-entry-count"),
         )
     return CachePlan(
         num_blocks=num_blocks,

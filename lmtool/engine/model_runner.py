@@ -6,6 +6,7 @@ from lmtool.engine.batch import Batch, Done, StepOutput
 from lmtool.engine.inputs import SlotTables
 from lmtool.engine.kv_cache import CachePlan, allocate_cache
 from lmtool.engine.sampler import Sampler
+from lmtool.errors import EngineError
 from lmtool.models.decoder import Decoder
 
 
@@ -36,7 +37,10 @@ class ModelRunner:
         slots = batch.sampled_slots
         if not slots:
             return StepOutput([])
-        output = self._sampler.sample(self.decoder.logits(hidden), slots, batch.bans)
+        logits = self.decoder.logits(hidden)
+        if bool(logits.isnan().any()):
+            raise EngineError("the model's logits are not numbers", "its weights are damaged, or try --dtype float32")
+        output = self._sampler.sample(logits, slots, batch.bans)
         self._tables.last_tokens[slots] = output.token_ids
         return output
 

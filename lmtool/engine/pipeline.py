@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, overload
 
+from lmtool.checkpoint.formats import open_checkpoint
 from lmtool.checkpoint.hub import resolve_model
 from lmtool.config import EngineConfig, GenerationConfig
 from lmtool.engine.async_engine import AsyncEngine
@@ -21,7 +22,7 @@ from lmtool.engine.response import Answers, Response
 from lmtool.engine.scheduler import Counters
 from lmtool.engine.sequence import Request
 from lmtool.engine.setup import LoadedEngine, load_engine
-from lmtool.errors import RequestError
+from lmtool.errors import ConfigError, RequestError
 from lmtool.models.loader import Progress
 from lmtool.tokenizer import Tokenizer, load_tokenizer
 
@@ -98,7 +99,9 @@ class Pipeline:
 
     def stream_infer(self, prompts: Any, gen_config: GenerationConfig | None = None) -> Answers:
         """Pieces of the answers as they come; ``index`` says whose. Raises as `__call__` does."""
-        config = gen_config or self._default_config()
+        config = self._default_config() if gen_config is None else gen_config
+        if not isinstance(config, GenerationConfig):
+            raise RequestError(f"gen_config is a {type(config).__name__}", "give an lmtool.GenerationConfig")
         return self.stream([self._request(prompt, config) for prompt in _as_prompts(prompts)])
 
     def stream(self, requests: Sequence[Request]) -> Answers:
@@ -188,9 +191,14 @@ def pipeline(
     engine_config. progress: called with (layers loaded, layers in all).
     """
     if engine_config is not None and backend_config is not None:
-        raise RequestError("engine_config and backend_config are one thing", "give one of them")
+        raise ConfigError("engine_config and backend_config are one thing", "give one of them")
     config = engine_config or backend_config or EngineConfig()
+    if not isinstance(config, EngineConfig):
+        raise ConfigError(f"engine_config is a {type(config).__name__}", "give an lmtool.EngineConfig")
+    if not isinstance(model, str | Path):
+        raise ConfigError(f"model is a {type(model).__name__}", "give a path or a name")
     path = resolve_model(str(model), revision=revision, download_dir=download_dir)
+    open_checkpoint(path).close()  # what is wrong with the whole is said before what is wrong with its tokenizer
     tokenizer = load_tokenizer(path, chat_template=chat_template)
     loaded = load_engine(path, config, progress)
     return Pipeline(str(model), loaded, tokenizer)
@@ -204,10 +212,19 @@ def _is_several(prompts: Any) -> bool:
 def _as_prompts(prompts: Any) -> list[Prompt]:
     several = prompts if _is_several(prompts) else [prompts]
     for prompt in several:
-        if not isinstance(prompt, str) and not (
-            isinstance(prompt, list) and all(isinstance(m, Mapping) for m in prompt)
-        ):
+        if isinstance(prompt, list):
+            for i, message in enumerate(prompt):
+                _check_message(i, message)
+        elif not isinstance(prompt, str):
             raise RequestError(
                 f"a prompt is a {type(prompt).__name__}", "give a text, a list of messages, or a list of these"
             )
     return several
+
+
+def _check_message(index: int, message: Any) -> None:
+    if not isinstance(message, Mapping):
+        raise RequestError(f"message {index} is a {type(message).__name__}", "give a dict with role and content")
+    for key in ("role", "content"):
+        if not isinstance(message.get(key), str):
+            raise RequestError(f"message {index}: {key} is {message.get(key)!r}", "give a text")

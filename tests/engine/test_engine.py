@@ -86,3 +86,14 @@ def test_abort_frees_everything_at_once(decoder) -> None:  # noqa: ANN001
         assert output.finish_reason == "abort"
     assert not core.has_work
     core.scheduler.blocks.check_integrity([])
+
+
+def test_logits_that_are_not_numbers_end_the_requests_with_the_cause() -> None:
+    broken = tiny_decoder()
+    broken.final_norm[3] = torch.nan
+    core = tiny_core(broken)
+    core.add(REQUESTS[0])
+    outputs = core.step()
+    assert [o.finish_reason for o in outputs] == ["error"]
+    assert "logits are not numbers; its weights are damaged" in str(outputs[0].error)
+    assert not core.has_work

@@ -199,7 +199,11 @@ def test_a_conversation_computes_only_what_is_new(quick: Pipeline) -> None:
     ("settings", "error", "message"),
     [
         ({"session_len": 9000}, ConfigError, "--session-len 9000 is longer than the model's 8192 tokens"),
-        ({"cache_gb": 0.01, "session_len": 8192}, MemoryShortError, "one session of 8192 tokens needs 0.3"),
+        (
+            {"cache_gb": 0.01, "session_len": 8192},
+            MemoryShortError,
+            "one session of 8192 tokens needs 362 MiB, 10 MiB are given",
+        ),
         ({"cache_gb": 1e6}, MemoryShortError, "--cache-gb 1e.06 asks for more than"),
         ({"device": "cuda:0"}, None, ""),
         ({"device": "tpu"}, ConfigError, "--device is 'tpu'"),
@@ -225,6 +229,12 @@ def test_requests_that_are_refused(exact: Pipeline) -> None:
         exact("Hi", GenerationConfig(logit_bias={49152: 1.0}))
     with pytest.raises(RequestError, match="a prompt is a int"):
         exact([3])
+    with pytest.raises(RequestError, match="gen_config is a dict"):
+        exact("Hi", {"temperature": 0})
+    with pytest.raises(RequestError, match="message 1: content is None"):
+        exact([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None}])
+    with pytest.raises(ConfigError, match="engine_config is a dict"):
+        pipeline("smollm2-135m", {"session_len": 5})
     with pytest.raises(RequestError, match="--top-p is 1.5"):
         GenerationConfig(top_p=1.5)
 
