@@ -138,6 +138,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16, 64, 256])
     parser.add_argument("--quick", action="store_true", help="each once, no chat")
     parser.add_argument("--no-graphs", action="store_true")
+    parser.add_argument("--join-groups", nargs="+", type=int, default=[0], help="chat with these; 0: the engine's own")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     print(asdict(limits.measure(torch.device("cuda"))), flush=True)
@@ -160,7 +161,9 @@ def main() -> None:
         if SESSION_LEN[shape] > 8192:
             measure_prompt(shape, loaded)
         if not arguments.quick:
-            measure_chat(shape, loaded, 2)
+            for group in arguments.join_groups:
+                loaded.core.scheduler._join_group = group or loaded.core.scheduler._join_group
+                measure_chat(shape, loaded, 2)
         free(loaded)
         del loaded
         gc.collect()

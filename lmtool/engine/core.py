@@ -88,7 +88,8 @@ class EngineCore:
 
     def _report(self, sequence: Sequence, logprob: TokenLogprob | None) -> TokenOutput:
         if sequence.finish_reason == "error":
-            return self._end(sequence, EngineError("the model's numbers overflowed", "try --dtype bfloat16 or float32"))
+            fix = "its weights are damaged, or try --dtype bfloat16 or float32"
+            return self._end(sequence, EngineError("the model's logits are not numbers", fix))
         if sequence.finish_reason is not None:
             del self._sequences[sequence.request.request_id]
         return TokenOutput(

@@ -161,11 +161,11 @@ class DeviceRunner:
             max_seqlen_q=rows.max_chunk,
             plan=plan,
         )
-        hidden = self.decoder.forward(ids, context, self._caches)
+        hidden = self.decoder.forward(ids, context, self._caches, sampled_rows)
         if not sampled_slots:
             return self._launched(ids[:0], [])
         step = kernels.step_rows(sampled, state.longs, state.words, state.tables, state.block_size)
-        return self._sample(hidden.index_select(0, sampled_rows), sampled, step.sampling, sampled_slots, batch.bans)
+        return self._sample(hidden, sampled, step.sampling, sampled_slots, batch.bans)
 
     # ------------------------------------------------------------------ what comes out
     def _sample(
@@ -201,6 +201,11 @@ class DeviceRunner:
             self.launch(_prompt_of(length)).read()
             if progress is not None:
                 progress("compiling kernels", i + 1, len(lengths))
+        with torch.inference_mode(), torch.cuda.device(self._index):
+            # beside prompts any number of rows decodes, and the work list's kernel has a variant for odd ones
+            for num_rows in (2**i + 1 for i in range(self._state.rows.shape[0].bit_length())):
+                seq_lens = torch.zeros(num_rows, dtype=torch.int32, device=self.device)
+                kernels.plan_decode(seq_lens, self._num_kv_heads, self._window)
         if cuda_graphs and kernels.is_capturable(self.device, self.decoder.dtype, self.decoder.config.head_dim):
             with torch.inference_mode(), torch.cuda.device(self._index):
                 self._graphs.capture(progress)

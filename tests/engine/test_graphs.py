@@ -1,79 +1,24 @@
-"""The engine that keeps its state on a device. On a CPU: the same launches, done at once; on a GPU: with graphs too.
-
-Whatever shares a step, and however late a step is read, each answer is what it is alone on the plain path.
-"""
+"""The engine on a GPU, with graphs and without: the CPU's answers, whatever shares a step and whenever it is read."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
 from lmtool import kernels
 from lmtool.config import EngineConfig
-from lmtool.engine.block_manager import BlockManager
 from lmtool.engine.core import EngineCore
 from lmtool.engine.device_runner import DeviceRunner
-from lmtool.engine.device_state import DeviceState
-from lmtool.engine.executor import LocalExecutor
-from lmtool.engine.graphs import bucket_sizes
-from lmtool.engine.kv_cache import BLOCK_SIZE, CachePlan, block_bytes
-from lmtool.engine.scheduler import Scheduler
-from lmtool.engine.sequence import Request
+from lmtool.engine.kv_cache import block_bytes
 from lmtool.engine.setup import build_core
-from lmtool.engine.transfer import upload
-from lmtool.errors import EngineError, MemoryShortError
+from lmtool.errors import MemoryShortError
 from lmtool.models.decoder import Decoder
 from lmtool.models.random import random_decoder
-from tests.support import (
-    TINY,
-    all_logits,
-    check_equal,
-    collect,
-    request,
-    run_all,
-    tiny_core,
-    tiny_decoder,
-)
+from tests.engine.test_device_runner import PROMPTS, REQUESTS, SAMPLED, SPECIAL, overflows
+from tests.support import TINY, all_logits, check_equal, request, run_all, tiny_core, tiny_decoder
 
-GENERATOR = torch.Generator().manual_seed(5)
-PROMPTS = {i: torch.randint(0, 211, (5 + 37 * i,), generator=GENERATOR).tolist() for i in range(6)}
-REQUESTS = [request(i, prompt, max_new_tokens=40) for i, prompt in PROMPTS.items()]
-SAMPLED = [
-    request(0, PROMPTS[0], max_new_tokens=20, temperature=1.0, seed=7),
-    request(1, PROMPTS[1], max_new_tokens=20, temperature=0.7, top_k=5, seed=2**62 + 1),
-    request(2, PROMPTS[2], max_new_tokens=20),
-    request(3, PROMPTS[0], max_new_tokens=20, temperature=1.0, seed=8, top_p=0.9),
-    request(4, PROMPTS[3], max_new_tokens=20, temperature=1.5, min_p=0.1, seed=2),
-]
-# each of these keeps a step from being a graph's
-SPECIAL = [
-    request(0, PROMPTS[0], max_new_tokens=20, temperature=0.7, seed=1, repetition_penalty=1.3, logprobs=2),
-    request(1, PROMPTS[1], max_new_tokens=20, frequency_penalty=0.5, presence_penalty=0.2),
-    request(2, PROMPTS[2], max_new_tokens=20, logit_bias={7: 5.0, 9: 4.5}),
-    request(3, PROMPTS[3], max_new_tokens=20, bad_ids=((11, 12), (13,))),
-    request(4, PROMPTS[4], max_new_tokens=20),
-    request(5, PROMPTS[0], max_new_tokens=20, min_new_tokens=12, stop_token_ids=tuple(range(0, 211, 2))),
-]
-
-
-class Late(DeviceRunner):
-    """Several steps may be launched and unread."""
-
-    depth = 3
-
-
-def device_core(decoder: Decoder, kind: type[DeviceRunner] = DeviceRunner, **settings: int) -> EngineCore:
-    """What `build_core` makes on a GPU, here on a CPU."""
-    given = {"num_blocks": 60, "batch": 8, "budget": 512, "session_len": 320, "prefix": 1, **settings}
-    plan = CachePlan(
-        num_blocks=given["num_blocks"], block_size=BLOCK_SIZE, block_bytes=0, session_len=given["session_len"]
-    )
-    blocks = BlockManager(plan.num_blocks, plan.block_size, prefix_caching=bool(given["prefix"]))
-    scheduler = Scheduler(blocks, max_batch_size=given["batch"], max_batched_tokens=given["budget"], join_group=2)
-    runner = kind(decoder, plan, max_batch_size=given["batch"])
-    return EngineCore(scheduler, LocalExecutor(runner), session_len=plan.session_len)
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(scope="module")
@@ -86,162 +31,6 @@ def alone(decoder: Decoder) -> dict[int, list[int]]:
     return {r.request_id: run_all(tiny_core(decoder, prefix_caching=False), [r])[r.request_id] for r in REQUESTS}
 
 
-# ---------------------------------------------------------------------- state
-def test_buckets_cover_every_batch_with_little_padding() -> None:
-    assert bucket_sizes(256)[:6] == [1, 2, 4, 8, 16, 24]
-    assert bucket_sizes(256)[-2:] == [240, 256]
-    assert bucket_sizes(512)[-2:] == [480, 512]
-    for most in (1, 3, 6, 8, 100, 256, 600, 4096):
-        sizes = bucket_sizes(most)
-        assert sizes == sorted(set(sizes))
-        assert sizes[-1] == most
-
-
-def test_only_changes_are_sent() -> None:
-    state = DeviceState(6, 6, 5, BLOCK_SIZE, torch.device("cpu"))
-
-    def send() -> int:
-        changes = state.changes()
-        if changes:
-            state.write(*upload(changes, torch.device("cpu")))
-        return len(changes[0]) if changes else 0
-
-    state.set_rows([3, 1])
-    assert send() == 2
-    assert state.rows.tolist() == [3, 1, -1, -1, -1, -1]
-    assert send() == 0
-    state.set_rows([3, 1])
-    assert send() == 0
-    state.set_rows([1])
-    assert send() == 2
-    assert state.rows.tolist() == [1, -1, -1, -1, -1, -1]
-
-
-def test_what_was_not_written_is_sent_again() -> None:
-    state = DeviceState(6, 6, 5, BLOCK_SIZE, torch.device("cpu"))
-    state.set_rows([2])
-    state.changes()  # and then the copy fails
-    assert len(state.changes()[0]) == 1
-
-
-def test_arrays_travel_together_and_arrive_whole() -> None:
-    arrays = [np.arange(5, dtype=np.int64), np.arange(3, dtype=np.int32)[:0], np.ones((2, 3), dtype=np.float32)]
-    for there, here in zip(upload(arrays, torch.device("cpu")), arrays, strict=True):
-        assert there.shape == here.shape
-        assert np.array_equal(there.numpy(), here)
-
-
-# ---------------------------------------------------------------------- the same answers
-@pytest.mark.parametrize("kind", [DeviceRunner, Late])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        pytest.param({"prefix": 0}, id="batched"),
-        pytest.param({"budget": 64}, id="chunked"),
-        pytest.param({}, id="prefix cache on"),
-        pytest.param({"num_blocks": 14}, id="preempted"),
-        pytest.param({"batch": 2}, id="queued"),
-        pytest.param({"batch": 5}, id="an odd batch"),
-    ],
-)
-def test_answers_are_those_of_the_plain_path(kind, settings, decoder, alone) -> None:  # noqa: ANN001
-    core = device_core(decoder, kind, **settings)
-    check_equal(alone, run_all(core, REQUESTS), decoder, PROMPTS)
-    check_equal(alone, run_all(core, REQUESTS), decoder, PROMPTS)  # over what the first run left behind
-    core.scheduler.blocks.check_integrity([])
-
-
-@pytest.mark.parametrize("requests", [SAMPLED, SPECIAL, SAMPLED + [replace(r, request_id=9) for r in SPECIAL[1:2]]])
-def test_sampling_is_that_of_the_plain_path_whatever_shares_the_batch(requests: list[Request], decoder) -> None:  # noqa: ANN001
-    together = run_all(device_core(decoder), requests)
-    for one in requests:
-        assert together[one.request_id] == run_all(tiny_core(decoder), [one])[one.request_id]
-        assert together[one.request_id] == run_all(device_core(decoder), [one])[one.request_id]
-
-
-def logprobs_of(core: EngineCore, one: Request) -> list[tuple[int, float, tuple[tuple[int, float], ...]]]:
-    core.add(one)
-    found = []
-    while core.has_work:
-        for output in core.step():
-            assert output.logprob is not None
-            found.append((output.logprob.token_id, output.logprob.logprob, output.logprob.top))
-    return found
-
-
-def test_logprobs_are_those_of_the_plain_path(decoder: Decoder) -> None:
-    ours, theirs = (logprobs_of(core, SPECIAL[0]) for core in (device_core(decoder), tiny_core(decoder)))
-    assert [row[0] for row in ours] == [row[0] for row in theirs]
-    assert [row[1] for row in ours] == pytest.approx([row[1] for row in theirs], abs=1e-4)
-    assert [[i for i, _ in row[2]] for row in ours] == [[i for i, _ in row[2]] for row in theirs]
-
-
-def test_an_abort_while_steps_are_on_the_way(decoder: Decoder, alone: dict[int, list[int]]) -> None:
-    core = device_core(decoder, Late)
-    for one in REQUESTS:
-        core.add(one)
-    answers: dict[int, list[int]] = {one.request_id: [] for one in REQUESTS}
-    for _ in range(9):
-        collect(core.step(), answers)
-    for i in (0, 2, 4):
-        core.abort(i)
-    core.add(replace(REQUESTS[0], request_id=6))  # takes a slot that launched steps still use
-    answers[6] = []
-    while core.has_work:
-        collect(core.step(), answers)
-    for i in (1, 3, 5):
-        assert answers[i] == alone[i]
-    assert answers[6] == alone[0]
-    assert all(answers[i] == alone[i][: len(answers[i])] for i in (0, 2, 4))
-    core.scheduler.blocks.check_integrity([])
-
-
-def test_a_launch_that_fails_leaves_nothing_behind(decoder, alone, monkeypatch) -> None:  # noqa: ANN001
-    core = device_core(decoder)
-    forward = Decoder.forward
-    calls = 0
-
-    def breaks(self: Decoder, *args: object) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 6:
-            raise RuntimeError("out of luck")
-        return forward(self, *args)
-
-    monkeypatch.setattr(Decoder, "forward", breaks)
-    for one in REQUESTS[:3]:
-        core.add(one)
-    ended = []
-    while core.has_work:
-        ended += [o for o in core.step() if o.finish_reason is not None]
-    assert [type(o.error) for o in ended] == [EngineError] * 3
-    core.scheduler.blocks.check_integrity([])
-    assert run_all(core, REQUESTS) == alone
-
-
-def overflows(core: EngineCore, requests: Sequence[Request]) -> None:
-    for one in requests:
-        core.add(one)
-    outputs = []
-    while core.has_work:
-        outputs += core.step()
-    assert [o.token_id for o in outputs] == [None] * len(requests)
-    assert all("overflowed" in str(o.error) for o in outputs)
-    core.scheduler.blocks.check_integrity([])
-
-
-def test_a_model_that_overflows_ends_its_requests_with_an_error(alone: dict[int, list[int]]) -> None:
-    decoder = tiny_decoder()
-    core = device_core(decoder, Late)
-    kept = decoder.final_norm.clone()
-    decoder.final_norm.fill_(torch.nan)
-    overflows(core, REQUESTS)
-    overflows(core, SPECIAL[4:])
-    decoder.final_norm.copy_(kept)
-    check_equal(alone, run_all(core, REQUESTS), decoder, PROMPTS)
-
-
-# ---------------------------------------------------------------------- on a GPU
 def gpu_decoder(dtype: torch.dtype = torch.float32, **difference: int) -> Decoder:
     """The tiny decoder's weights on the GPU; one of ``difference`` has weights of its own."""
     config = replace(TINY, **difference)  # type: ignore[arg-type]
@@ -272,25 +61,20 @@ def on_gpu() -> Decoder:
     return gpu_decoder()
 
 
-gpu = pytest.mark.gpu
-
-
-@gpu
 @pytest.mark.parametrize("cuda_graphs", [True, False])
 @pytest.mark.parametrize(
     "settings",
     [{}, {"prefix_caching": False}, {"max_batched_tokens": 64}, {"max_batch_size": 3}],
     ids=str,
 )
-def test_gpu_answers_are_the_cpus(cuda_graphs, settings, decoder, alone, on_gpu) -> None:  # noqa: ANN001
+def test_answers_are_the_cpus(cuda_graphs, settings, decoder, alone, on_gpu) -> None:  # noqa: ANN001
     core = gpu_core(on_gpu, cuda_graphs=cuda_graphs, **settings)
     check_equal(alone, run_all(core, REQUESTS), decoder, PROMPTS)
     check_equal(alone, run_all(core, REQUESTS), decoder, PROMPTS)
     core.scheduler.blocks.check_integrity([])
 
 
-@gpu
-def test_gpu_answers_survive_preemption(decoder: Decoder, on_gpu: Decoder) -> None:
+def test_answers_survive_preemption(decoder: Decoder, on_gpu: Decoder) -> None:
     requests = [request(i, PROMPTS[i], max_new_tokens=150) for i in range(4)]
     ten_blocks = 10 * block_bytes(on_gpu.config, on_gpu.dtype) / (1 << 30)
     core = gpu_core(on_gpu, cache_gb=ten_blocks)
@@ -299,32 +83,28 @@ def test_gpu_answers_survive_preemption(decoder: Decoder, on_gpu: Decoder) -> No
     core.scheduler.blocks.check_integrity([])
 
 
-@gpu
 @pytest.mark.parametrize("depth", [0, 3])
-def test_gpu_answers_do_not_depend_on_when_they_are_read(depth, on_gpu, decoder, monkeypatch) -> None:  # noqa: ANN001
+def test_answers_do_not_depend_on_when_they_are_read(depth, on_gpu, decoder, monkeypatch) -> None:  # noqa: ANN001
     ahead = run_all(gpu_core(on_gpu), REQUESTS)
     monkeypatch.setattr(DeviceRunner, "depth", depth)
     check_equal(ahead, run_all(gpu_core(on_gpu), REQUESTS), decoder, PROMPTS)
 
 
-@gpu
-def test_gpu_sampling_depends_on_the_seed_alone(on_gpu: Decoder) -> None:
+def test_sampling_depends_on_the_seed_alone(on_gpu: Decoder) -> None:
     together = run_all(gpu_core(on_gpu), SAMPLED)
     for one in SAMPLED:
         assert run_all(gpu_core(on_gpu), [one])[one.request_id] == together[one.request_id]
     assert together[0] != together[3]
 
 
-@gpu
-def test_gpu_special_rows_are_those_of_the_cpu(on_gpu: Decoder, decoder: Decoder) -> None:
+def test_special_rows_are_those_of_the_cpu(on_gpu: Decoder, decoder: Decoder) -> None:
     together = run_all(gpu_core(on_gpu), SPECIAL)
     expected = run_all(tiny_core(decoder), SPECIAL)
     assert [together[i] for i in (1, 2, 3, 4, 5)] == [expected[i] for i in (1, 2, 3, 4, 5)]
     assert len(together[0]) == 20
 
 
-@gpu
-def test_gpu_abort_frees_everything_at_once(on_gpu: Decoder, decoder: Decoder, alone: dict[int, list[int]]) -> None:
+def test_abort_frees_everything_at_once(on_gpu: Decoder, decoder: Decoder, alone: dict[int, list[int]]) -> None:
     core = gpu_core(on_gpu)
     for one in REQUESTS:
         core.add(one)
@@ -341,9 +121,8 @@ def forced(decoder: Decoder, prompt: Sequence[int], answer: Sequence[int]) -> to
     return all_logits(decoder, [*prompt, *answer])[len(prompt) - 1 : -1]
 
 
-@gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_gpu_half_precision_follows_its_own_reference(dtype: torch.dtype) -> None:
+def test_half_precision_follows_its_own_reference(dtype: torch.dtype) -> None:
     """Fed the same tokens, plain torch on the GPU agrees wherever the two largest logits are apart."""
     half = gpu_decoder(dtype, head_dim=64)
     answers = run_all(gpu_core(half), REQUESTS)
@@ -359,8 +138,7 @@ def test_gpu_half_precision_follows_its_own_reference(dtype: torch.dtype) -> Non
     assert compared > 40
 
 
-@gpu
-def test_gpu_survives_a_model_that_overflows(on_gpu: Decoder) -> None:
+def test_survives_a_model_that_overflows(on_gpu: Decoder) -> None:
     """Neither an index out of the vocabulary, which would end the process, nor an answer."""
     broken = gpu_decoder()
     broken.final_norm.fill_(torch.nan)
@@ -369,8 +147,7 @@ def test_gpu_survives_a_model_that_overflows(on_gpu: Decoder) -> None:
     assert len(run_all(gpu_core(on_gpu), REQUESTS[:1])[0]) == 40
 
 
-@gpu
-def test_gpu_memory_that_is_short_is_said_with_the_flag_that_helps(
+def test_memory_that_is_short_is_said_with_the_flag_that_helps(
     on_gpu: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_memory(*_: object, **__: object) -> None:
