@@ -34,12 +34,19 @@ def rope_store(
 
 def _store(cache: Tensor, slots: Tensor, new: Tensor) -> None:
     """new [T, Hkv, D] → cache [Hkv, NB, block_size, D] at ``slots``."""
-    if new.shape[0] == 1:  # decoding one row: an indexed copy costs three times as much
-        block, offset = divmod(int(slots), cache.shape[2])
-        cache[:, block, offset] = new[0]
-        return
     flat = cache.view(cache.shape[0], -1, cache.shape[-1])
-    flat.index_copy_(1, slots, new.transpose(0, 1).to(cache.dtype))
+    first = _first_in_a_row(slots)
+    if first is None:
+        flat.index_copy_(1, slots, new.transpose(0, 1).to(cache.dtype))
+    else:  # a copy of neighbours costs a third of an indexed one
+        flat[:, first : first + new.shape[0]] = new.transpose(0, 1)
+
+
+@lru_cache(maxsize=2)
+def _first_in_a_row(slots: Tensor) -> int | None:
+    """The first of slots that follow one another; None where they do not (a tensor is keyed by its identity)."""
+    values: list[int] = slots.tolist()
+    return values[0] if values and values == list(range(values[0], values[0] + len(values))) else None
 
 
 def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
