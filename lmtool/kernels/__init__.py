@@ -8,7 +8,6 @@ The K/V cache of a layer is two tensors [Hkv, NB, block_size, D]; token t of a s
 Block 0 belongs to no sequence: padded rows read and write it.
 """
 
-import torch
 from torch import Tensor
 
 from lmtool.kernels.dispatch import force, implementation, is_capturable
@@ -22,7 +21,6 @@ __all__ = [
     "attention_decode",
     "attention_prefill",
     "force",
-    "gather_logprobs",
     "implementation",
     "is_capturable",
     "linear",
@@ -195,9 +193,3 @@ def advance_(rows: Tensor, ids: Tensor, logits: Tensor, longs: Tensor) -> None:
     its slot goes on with token 0, so that whatever comes after is at least in the vocabulary.
     """
     implementation("step", rows.device).advance_(rows, ids, logits, longs)
-
-
-def gather_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
-    """log softmax(logits)[i, ids[i]]: logits [B, V] float32, ids [B] int64 → [B] float32."""
-    chosen = logits.gather(1, ids[:, None])[:, 0]
-    return chosen - torch.logsumexp(logits, dim=1)

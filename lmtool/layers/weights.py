@@ -15,8 +15,6 @@ from lmtool.kernels.cpu import multiplies_bfloat16
 class Matrix(Protocol):
     """[N, K] and the four things a decoder does with it; x [T, K]."""
 
-    @property
-    def num_bytes(self) -> int: ...
     def linear(self, x: Tensor) -> Tensor: ...
     def norm_linear(self, x: Tensor, norm_weight: Tensor, eps: float) -> Tensor: ...
     def norm_linear_silu(self, x: Tensor, norm_weight: Tensor, eps: float) -> Tensor: ...
@@ -29,10 +27,6 @@ class Dense:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight = weight
         self.bias = bias
-
-    @property
-    def num_bytes(self) -> int:
-        return self.weight.nbytes + (self.bias.nbytes if self.bias is not None else 0)
 
     def linear(self, x: Tensor) -> Tensor:
         return kernels.linear(x, self.weight, self.bias)
@@ -99,11 +93,6 @@ class Int4Cpu(_CpuCodes):
         self._dense = expand_int4(codes, scale, minimum).to(self._dense_dtype) if keep_dense else None
         self._codes = None if keep_dense else (codes, scale, minimum)
 
-    @property
-    def num_bytes(self) -> int:
-        kept = [self._dense] if self._dense is not None else list(self._codes or ())
-        return self._packed.nbytes + self._scale_and_zero.nbytes + sum(t.nbytes for t in kept)
-
     def _product(self, x: Tensor) -> Tensor:
         if x.shape[0] <= self.MAX_PACKED_ROWS:
             return torch.ops.aten._weight_int4pack_mm_for_cpu(
@@ -125,10 +114,6 @@ class Int8Cpu(_CpuCodes):
         # the kernel's scales are bfloat16: codes are taken for the rounded ones, so that no row is off as a whole
         self._scale = (weight.abs().amax(dim=1).clamp_min(1e-12) / 127).bfloat16()
         self._codes = torch.round(weight / self._scale.float()[:, None]).clamp_(-127, 127).to(torch.int8)
-
-    @property
-    def num_bytes(self) -> int:
-        return self._codes.nbytes + self._scale.nbytes
 
     def _product(self, x: Tensor) -> Tensor:
         return torch.ops.aten._weight_int8pack_mm(x.bfloat16(), self._codes, self._scale)

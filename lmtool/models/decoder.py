@@ -56,14 +56,6 @@ class Decoder:
     def dtype(self) -> torch.dtype:
         return self.embed.dtype
 
-    @property
-    def num_bytes(self) -> int:
-        """What the weights take, as they are stored."""
-        matrices = [m for layer in self.layers for m in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-        tied = getattr(self.head, "weight", None) is self.embed
-        head = 0 if tied else self.head.num_bytes
-        return self.embed.nbytes + head + sum(m.num_bytes for m in matrices)
-
     def forward(
         self, ids: Tensor, step: AttentionContext, caches: Sequence[KvCache], wanted: Tensor | None = None
     ) -> Tensor:

@@ -10,9 +10,7 @@ from lmtool import kernels
 
 FAMILIES = ("activation", "attention", "linear", "norm", "rotary", "sampling", "step")
 NOT_OPS = {"DecodePlan", "StepRows", "force", "implementation", "is_capturable"}
-# plain torch everywhere: nothing to fuse
-WITHOUT_TWINS = {"gather_logprobs"}
-OPS = sorted(set(kernels.__all__) - NOT_OPS - WITHOUT_TWINS)
+OPS = sorted(set(kernels.__all__) - NOT_OPS)
 
 
 def ops_of(module: ModuleType) -> dict[str, object]:
