@@ -43,7 +43,7 @@ def load_decoder(
     progress: Progress | None = None,
 ) -> Decoder:
     """Build the decoder on ``device``. keep_int4: 4-bit matrices of a GGUF stay 4-bit (CPU)."""
-    source = _Source(checkpoint, config, family(checkpoint.config), dtype, device, keep_int4)
+    source = Source(checkpoint, config, family(checkpoint.config), dtype, device, keep_int4)
     source.check_names()
     layers = []
     for i in range(config.num_layers):
@@ -55,13 +55,15 @@ def load_decoder(
 
 
 @dataclass(slots=True)
-class _Source:
+class Source:
+    """A checkpoint in our names: what `load_decoder` walks, and quantization block by block."""
+
     checkpoint: Checkpoint
     config: ModelConfig
     family: ModuleType
     dtype: torch.dtype
     device: torch.device
-    keep_int4: bool
+    keep_int4: bool = False
 
     def wanted(self) -> list[str]:
         """Our names of everything this config needs."""
