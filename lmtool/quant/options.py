@@ -1,0 +1,95 @@
+"""What a user may set for `lite auto_awq` and `lite calibrate`, checked once. Messages name the flag."""
+
+import re
+from dataclasses import dataclass
+
+from lmtool.config import DTYPES
+from lmtool.errors import ConfigError
+
+METHODS = ("rtn", "smooth", "awq", "gptq", "best")
+GROUP_SIZES = (32, 64, 128)
+_WORDS_A_CODE = 8  # AWQ packs eight output columns into an int32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationOptions:
+    """Which text the statistics come from.
+
+    dataset     a file or a folder of txt, jsonl or json; None: none was named
+    samples     sequences; 0: no calibration
+    seqlen      tokens of each
+    batch_size  sequences in one product
+    seed        which stretches of the text are taken
+    """
+
+    dataset: str | None = None
+    samples: int = 64
+    seqlen: int = 512
+    batch_size: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self.samples >= 0, "calib-samples", self.samples, "0 (plain rounding) or more")
+        _check(8 <= self.seqlen <= 1 << 20, "calib-seqlen", self.seqlen, "8 tokens or more")
+        _check(1 <= self.batch_size <= 4096, "batch-size", self.batch_size, "1 to 4096 sequences")
+        _check(0 <= self.seed < 2**63, "seed", self.seed, "a whole number from 0 to 2**63 - 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantOptions:
+    """How a model becomes W4A16.
+
+    method      'rtn' plain rounding; 'smooth' fixed smoothing; 'awq' scale and clip search; 'gptq' error feedback
+                alone; 'best' AWQ's scales and clipped grids, then GPTQ's rounding
+    group_size  weights that share a scale and a zero
+    skip        regular expressions; a linear whose name one of them is found in stays as it is
+    dtype       of what is not quantized: 'auto' keeps a half-precision source's own
+    """
+
+    method: str = "best"
+    bits: int = 4
+    symmetric: bool = False
+    group_size: int = 128
+    skip: tuple[str, ...] = ()
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        _check(self.method in METHODS, "method", self.method, "one of " + ", ".join(METHODS))
+        _check(self.bits == 4, "w-bits", self.bits, "4: AWQ's format has no other, and GPTQ's is not written yet")
+        _check(not self.symmetric, "w-sym", True, "False: AWQ's format has zero points, and GPTQ's is not written yet")
+        _check(self.group_size in GROUP_SIZES, "w-group-size", self.group_size, "32, 64 or 128")
+        _check(self.dtype in DTYPES[:3], "dtype", self.dtype, "one of " + ", ".join(DTYPES[:3]))
+        for pattern in self.skip:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(
+                    f"--skip {pattern!r}: {error}", "give a regular expression, such as down_proj"
+                ) from None
+
+    @property
+    def searches(self) -> bool:
+        """Whether calibration text is needed at all."""
+        return self.method != "rtn"
+
+
+def check_sizes(group_size: int, in_features: dict[str, int], out_features: dict[str, int]) -> None:
+    """name → size of every matrix that is quantized. Raises ConfigError with the group sizes that work."""
+    wrong = {name: size for name, size in in_features.items() if size % group_size}
+    if wrong:
+        name, size = next(iter(wrong.items()))
+        fits = [g for g in GROUP_SIZES if all(s % g == 0 for s in in_features.values())]
+        raise ConfigError(
+            f"--w-group-size {group_size} does not divide the {size} inputs of {name}",
+            f"give --w-group-size {' or '.join(map(str, fits))}" if fits else f"keep it out with --skip {name}",
+        )
+    for name, size in out_features.items():
+        if size % _WORDS_A_CODE:
+            raise ConfigError(
+                f"{name} has {size} outputs, and AWQ's format packs them by eight", f"keep it out with --skip {name}"
+            )
+
+
+def _check(ok: bool, flag: str, value: object, wanted: str) -> None:
+    if not ok:
+        raise ConfigError(f"--{flag} is {value!r}", f"give {wanted}")

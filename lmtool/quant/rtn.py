@@ -1,0 +1,10 @@
+"""Plain rounding: every weight to the nearest level, no data. What the other methods are measured against."""
+
+from torch import Tensor
+
+from lmtool.quant.grid import Codes, grid_of, round_to
+
+
+def rtn(weight: Tensor, group_size: int) -> Codes:
+    """weight float32 [N, K]."""
+    return round_to(weight, grid_of(weight, group_size))

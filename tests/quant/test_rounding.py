@@ -1,0 +1,102 @@
+"""The grid and the three ways to round to it: on correlated inputs, where they differ."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from lmtool.checkpoint.packing import pack_awq, unpack_awq
+from lmtool.quant.awq import search_scale
+from lmtool.quant.clip import search_grid
+from lmtool.quant.gptq import gptq
+from lmtool.quant.gram import Statistics, gram_loss
+from lmtool.quant.grid import Codes, grid_of, round_to, rounded
+from lmtool.quant.rtn import rtn
+
+GROUP = 32
+
+
+def inputs(num_in: int = 128, num_tokens: int = 600) -> Statistics:
+    """Correlated, with a few channels that are much larger, as a language model's are."""
+    mix = torch.randn(num_in, num_in) / num_in**0.5 + torch.eye(num_in)
+    x = torch.randn(num_tokens, num_in) @ mix
+    x[:, ::17] *= 20
+    statistics = Statistics(num_in, torch.device("cpu"))
+    statistics.add(x)
+    return statistics
+
+
+def loss(codes: Codes, weight: Tensor, gram: Tensor) -> float:
+    return float(gram_loss(codes.dequantize() - weight, gram).sum())
+
+
+def test_rounding_is_to_the_stored_scale_and_no_further_than_half_of_it() -> None:
+    weight = torch.randn(24, 96) * 0.05
+    codes = rtn(weight, GROUP)
+    assert codes.scale.dtype == torch.float16
+    error = (codes.dequantize() - weight).abs().view(24, 3, GROUP)
+    # the zero point is whole, so an end of the range may lie half a step outside the grid
+    assert (error <= codes.scale.float()[..., None] * 1.001).all()
+    assert (error.median(dim=-1).values <= codes.scale.float() / 2).all()
+
+
+def test_zero_stays_zero_and_groups_of_one_sign_or_of_zeros_have_a_grid() -> None:
+    weight = torch.rand(8, 3 * GROUP) + 1
+    weight[:, GROUP : 2 * GROUP] *= -1
+    weight[:, 2 * GROUP :] = 0
+    weight[:, ::7] = 0
+    back = rtn(weight, GROUP).dequantize()
+    assert torch.equal(back == 0, weight == 0)
+    torch.testing.assert_close(back, weight, atol=2 / 15, rtol=0)
+
+
+def test_codes_survive_awqs_packing() -> None:
+    codes = rtn(torch.randn(40, 96), GROUP)
+    again = unpack_awq(*pack_awq(codes.codes, codes.scale, codes.zero))
+    assert all(torch.equal(a, b) for a, b in zip(again, (codes.codes, codes.scale, codes.zero), strict=True))
+
+
+def test_rounded_is_what_the_codes_say() -> None:
+    weight = torch.randn(16, 64)
+    grid = grid_of(weight, GROUP)
+    torch.testing.assert_close(rounded(weight, grid), round_to(weight, grid).dequantize())
+
+
+def test_the_scale_search_lowers_the_loss_and_says_by_how_much() -> None:
+    statistics, weight = inputs(), torch.randn(64, 128) * 0.05
+    scale, share = search_scale(weight, statistics.gram, statistics.mean_abs, GROUP)
+    back = rtn(weight * scale, GROUP).dequantize() / scale
+    searched = float(gram_loss(back - weight, statistics.gram).sum())
+    plain = loss(rtn(weight, GROUP), weight, statistics.gram)
+    assert searched < 0.7 * plain
+    assert share == pytest.approx(searched / plain, rel=1e-4)
+
+
+def test_heads_of_a_group_share_their_scale() -> None:
+    statistics, weight = inputs(), torch.randn(64, 128)
+    scale, _ = search_scale(weight, statistics.gram, statistics.mean_abs, GROUP, shared_by=(2, 4))
+    heads = scale.view(2, 4, 16)
+    assert (heads == heads[:, :1]).all()
+    assert not (heads[0, 0] == heads[0, 0, 0]).all()
+
+
+def test_the_clip_search_lowers_the_loss() -> None:
+    statistics = inputs()
+    weight = torch.randn(64, 128) ** 3 * 0.01  # heavy tails: what clipping is for
+    clipped = round_to(weight, search_grid(weight, statistics.gram, GROUP))
+    assert loss(clipped, weight, statistics.gram) < 0.9 * loss(rtn(weight, GROUP), weight, statistics.gram)
+
+
+@pytest.mark.parametrize("num_in", [96, 160])  # whole panels, and a part of one
+def test_gptq_beats_plain_rounding_on_the_same_grid(num_in: int) -> None:
+    statistics, weight = inputs(num_in), torch.randn(64, num_in) * 0.05
+    grid = grid_of(weight, GROUP)
+    codes = gptq(weight, statistics.gram, grid)
+    assert torch.equal(codes.scale.float(), grid.scale)
+    assert loss(codes, weight, statistics.gram) < 0.6 * loss(round_to(weight, grid), weight, statistics.gram)
+
+
+def test_gptq_is_plain_rounding_where_inputs_are_independent() -> None:
+    weight = torch.randn(32, 64)
+    grid = grid_of(weight, GROUP)
+    assert torch.equal(gptq(weight, torch.eye(64), grid).codes, round_to(weight, grid).codes)
+    assert torch.equal(gptq(weight, torch.zeros(64, 64), grid).codes, round_to(weight, grid).codes)
