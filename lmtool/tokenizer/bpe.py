@@ -4,14 +4,18 @@ Does not know chat templates or which ids end an answer.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from tokenizers import AddedToken, Regex
 from tokenizers import Tokenizer as LibraryTokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+from tokenizers.pre_tokenizers import ByteLevel, Split
+from tokenizers.pre_tokenizers import Sequence as PreTokenizers
+from tokenizers.processors import TemplateProcessing
 
 from lmtool.errors import TokenizerError
 from lmtool.tokenizer.vocabulary import byte_level, sentencepiece_bytes
@@ -63,6 +67,18 @@ class BpeVocabulary:
 
     def token_id(self, text: str) -> int | None:
         return self._library.token_to_id(text)
+
+    def tokenizer_json(self, prefix_ids: Sequence[int], suffix_ids: Sequence[int]) -> str:
+        """The file that `from_tokenizer_json` and transformers read; the ids are put around every text."""
+        library = LibraryTokenizer.from_str(self._library.to_str())
+        prefix, suffix = ([library.id_to_token(i) for i in ids] for ids in (prefix_ids, suffix_ids))
+        library.decoder = ByteLevelDecoder()
+        if prefix or suffix:
+            around = list(zip([*prefix, *suffix], [*prefix_ids, *suffix_ids], strict=True))
+            single = [*prefix, "$A", *suffix]
+            pair = [*single, *(f"{token}:1" for token in prefix), "$B:1", *(f"{token}:1" for token in suffix)]
+            library.post_processor = TemplateProcessing(single=single, pair=pair, special_tokens=around)
+        return str(library.to_str(pretty=True))
 
 
 def from_tokenizer_json(path: Path) -> tuple[BpeVocabulary, list[int], list[int]]:
@@ -136,7 +152,7 @@ def from_gguf_parts(
         raise TokenizerError(f"the merges of the GGUF file are broken: {error}", "download it again") from error
     library = LibraryTokenizer(model)
     splits = [Split(Regex(pattern), "isolated") for pattern in PRE_TOKENIZERS[pre_tokenizer]]
-    library.pre_tokenizer = Sequence([*splits, ByteLevel(add_prefix_space=False, use_regex=False)])
+    library.pre_tokenizer = PreTokenizers([*splits, ByteLevel(add_prefix_space=False, use_regex=False)])
     library.add_tokens(
         [
             AddedToken(token, special=kind == CONTROL, normalized=False)

@@ -54,6 +54,10 @@ class SentencePieceVocabulary:
         token_id = self._processor.piece_to_id(text)
         return None if self._processor.is_unknown(token_id) else token_id
 
+    def model_file(self) -> bytes:
+        """The bytes of a tokenizer.model."""
+        return bytes(self._processor.serialized_model_proto())
+
 
 def added_tokens(tokenizer_config: Mapping[str, Any], added_tokens_json: Mapping[str, int]) -> dict[str, int]:
     """text -> id of what tokenizer_config.json's `added_tokens_decoder` and added_tokens.json add."""
