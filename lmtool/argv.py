@@ -20,6 +20,7 @@ MODEL_COMMANDS = {"chat"}
 # a boolean flag -> what to say for an explicit False; None: saying nothing means False
 BOOLEAN_FLAGS: dict[str, str | None] = {
     "--json": None,
+    "--tune": None,
     "--show-prompt": None,
     "--double-enter": None,
     "--markdown": "--no-markdown",

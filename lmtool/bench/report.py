@@ -9,7 +9,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -17,6 +16,7 @@ from lmtool import __version__
 from lmtool.bench.compare import Comparison
 from lmtool.bench.limits import Limits
 from lmtool.bench.offline import Result
+from lmtool.bench.tables import make_table, number
 from lmtool.errors import InputError
 
 FORMAT = "lmtool-bench/1"
@@ -164,13 +164,6 @@ def show_limits(limits: dict[str, Any], console: Console) -> None:
     console.print(line + (f" · kernel gap {gap * 1e6:.2f} µs" if gap else ""), markup=False, highlight=False)
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
-    return table
-
-
 # key in `metrics` → what stands above it
 _COLUMNS = {
     "output_tokens_per_s": "output tok/s",
@@ -181,7 +174,7 @@ _COLUMNS = {
 
 
 def _results_table(report: Report) -> Table:
-    table = _table("median (of the limit)", *_COLUMNS.values(), "first token ms", "steps")
+    table = make_table("median (of the limit)", *_COLUMNS.values(), "first token ms", "steps")
     for result in report.results:
         first = report.metric(result["name"], "time_to_first_token_s")
         table.add_row(
@@ -201,7 +194,7 @@ def _with_limit(metric: dict[str, Any]) -> str:
 
 def _comparison_table(comparisons: Sequence[dict[str, Any]]) -> Table:
     stored = comparisons[0]["ours"]
-    table = _table("tok/s", f"lmtool ({stored})", "transformers (best dtype)", "ratio", "bar", "", "our limit")
+    table = make_table("tok/s", f"lmtool ({stored})", "transformers (best dtype)", "ratio", "bar", "", "our limit")
     for one in comparisons:
         goal = f", goal {one['goal']:g}×" if one["goal"] else ""
         limit = one["limit_tokens_per_s"]
@@ -222,7 +215,9 @@ def side_by_side(reports: Sequence[Report], metric: str = _HEADLINE) -> Table:
     names = list(dict.fromkeys(result["name"] for report in reports for result in report.results))
     unit = metric.replace("_per_s", "/s").replace("_", " ")
     last = ["first / best other"] if len(reports) > 1 else []
-    table = _table(unit, *(f"{report.engine}\n{report.model} {report.weights}".rstrip() for report in reports), *last)
+    table = make_table(
+        unit, *(f"{report.engine}\n{report.model} {report.weights}".rstrip() for report in reports), *last
+    )
     for name in names:
         values = [report.metric(name, metric).get("median") for report in reports]
         if not any(values):
@@ -231,15 +226,6 @@ def side_by_side(reports: Sequence[Report], metric: str = _HEADLINE) -> Table:
         ratio = f"{values[0] / max(others):.2f}×" if values[0] and others else ""
         table.add_row(name, *map(number, values), *([ratio] if last else []))
     return table
-
-
-def number(value: float | None) -> str:
-    """Three digits that count; empty where nothing was measured."""
-    if value is None:
-        return ""
-    if value >= 100 or value == int(value):
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def make_console(*, stderr: bool = False) -> Console:

@@ -6,21 +6,20 @@ What can be refused is refused before anything is measured.
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from lmtool.bench import compare, limits, offline, workloads
+from lmtool.bench import compare, limits, offline, outputs, workloads
 from lmtool.bench.picture import draw
-from lmtool.bench.report import Report, make_console, make_report, read_report, show, show_limits, side_by_side, to_json
+from lmtool.bench.report import Report, make_console, make_report, read_report, show, show_limits, side_by_side
 from lmtool.bench.shapes import find_shape
 from lmtool.bench.workloads import Workload
 from lmtool.checkpoint.hub import resolve_model
 from lmtool.config import EngineConfig
 from lmtool.engine.setup import LoadedEngine, choose_device
-from lmtool.errors import ConfigError, InputError
+from lmtool.errors import ConfigError
 from lmtool.models.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -75,7 +74,7 @@ def run_offline(plan: Plan, config: EngineConfig, *, json_file: str | None = Non
     """Tables on stdout (stderr where the JSON goes to stdout), what is being done on stderr."""
     wanted = plan.workloads()
     offline.wants_prefix_cache(wanted)
-    _check_outputs(json_file, png)
+    outputs.check(json_file, png)
     source, device = plan.source(), choose_device(config.device)
     notices = make_console(stderr=True)
     with notices.status("measuring this machine") as status:
@@ -86,7 +85,7 @@ def run_offline(plan: Plan, config: EngineConfig, *, json_file: str | None = Non
             report = _measure(plan, config, source, loaded, measured, wanted, status.update)
         finally:
             offline.free(loaded)
-    _write(report, json_file, png)
+    outputs.write(report, json_file, png)
     show(report, notices if json_file == "-" else make_console())
     return report
 
@@ -134,17 +133,17 @@ def _peers(source: Path | ModelConfig, loaded: LoadedEngine) -> list["Transforme
 
 
 def run_limits(device: str, *, json_file: str | None = None) -> None:
-    _check_outputs(json_file, None)
+    outputs.check(json_file, None)
     found = asdict(limits.measure(choose_device(device)))
     if json_file is not None:
-        _put(json.dumps(found, indent=1), json_file)
+        outputs.put(json.dumps(found, indent=1), json_file)
     if json_file != "-":
         make_console().print(found["device"], highlight=False)
         show_limits(found, make_console())
 
 
 def show_reports(files: list[Path], metric: str, *, png: Path | None = None) -> None:
-    _check_outputs(None, png)
+    outputs.check(None, png)
     reports = [read_report(file) for file in files]
     if len(reports) == 1:
         show(reports[0], make_console())
@@ -157,31 +156,3 @@ def show_reports(files: list[Path], metric: str, *, png: Path | None = None) -> 
         make_console().print(side_by_side(reports, metric))
     if png is not None:
         draw(reports[0], png)
-
-
-# ---------------------------------------------------------------------- where it goes
-def _check_outputs(json_file: str | None, png: Path | None) -> None:
-    """Before minutes are spent: can the figures be written where they are wanted?"""
-    for path in (Path(json_file) if json_file not in (None, "-") else None, png):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise InputError(
-                f"{path} cannot be written: there is no folder {path.absolute().parent}", "create it first"
-            )
-        if path is not None and path.is_dir():
-            raise InputError(f"{path} is a folder", "give the name of a file")
-    if png is not None and find_spec("matplotlib") is None:
-        raise InputError("--png needs matplotlib, which is not installed", "pip install 'lmtool[bench]'")
-
-
-def _write(report: Report, json_file: str | None, png: Path | None) -> None:
-    if json_file is not None:
-        _put(to_json(report), json_file)
-    if png is not None:
-        draw(report, png)
-
-
-def _put(text: str, json_file: str) -> None:
-    if json_file == "-":
-        print(text)  # noqa: T201
-    else:
-        Path(json_file).write_text(text + "\n", encoding="utf-8")

@@ -3,6 +3,8 @@
 Every shape says float16, which the published figures were measured with; `--dtype` overrides it.
 """
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
@@ -51,3 +53,48 @@ def find_shape(name: str) -> ModelConfig:
         hint = f"did you mean {near[0]}? " if near else ""
         raise ConfigError(f"--shape {name!r} is not known", f"{hint}there are {', '.join(SHAPES)}")
     return SHAPES[name]
+
+
+# ---------------------------------------------------------------------- the matrices of a decoder
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A matrix [num_out, num_in] and the op of the kernels' door it is used in; paired: two of them, gate and up."""
+
+    name: str
+    op: str
+    num_out: int
+    num_in: int
+    itemsize: int = 2
+
+    @property
+    def paired(self) -> bool:
+        return self.op == "norm_linear_silu"
+
+    @property
+    def num_weights(self) -> int:
+        return self.num_out * self.num_in * (2 if self.paired else 1)
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.num_weights * self.itemsize
+
+    def __str__(self) -> str:
+        return f"{self.name} {'2×' if self.paired else ''}{self.num_out}×{self.num_in}"
+
+
+def products(model: ModelConfig, itemsize: int = 2) -> list[Product]:
+    """The five matrices of a decoder, in the order in which a step uses them."""
+    hidden, inner, heads = model.hidden_size, model.intermediate_size, model.num_heads * model.head_dim
+    return [
+        Product("qkv", "norm_linear", model.qkv_size, hidden, itemsize),
+        Product("o", "add_linear_", hidden, heads, itemsize),
+        Product("gate_up", "norm_linear_silu", inner, hidden, itemsize),
+        Product("down", "add_linear_", hidden, inner, itemsize),
+        Product("head", "norm_linear", model.vocab_size, hidden, itemsize),
+    ]
+
+
+def all_products(models: Iterable[ModelConfig], itemsize: int = 2) -> list[Product]:
+    """Of several models, each size once."""
+    found = {(one.num_out, one.num_in, one.paired): one for model in models for one in products(model, itemsize)}
+    return list(found.values())

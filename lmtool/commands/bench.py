@@ -6,9 +6,12 @@ from typing import Annotated
 import typer
 
 from lmtool.commands import options
+from lmtool.commands.bench_kernels import kernels
+from lmtool.commands.bench_options import JsonFile, Png, Seed, numbers
 from lmtool.errors import ConfigError, InputError
 
 app = typer.Typer(help="Measure the engine, beside what this machine allows.", no_args_is_help=True)
+app.command()(kernels)
 
 Model = Annotated[
     str | None,
@@ -26,9 +29,6 @@ OutputLen = Annotated[int | None, typer.Option(help="Of static: tokens out (defa
 PrefillLen = Annotated[int, typer.Option(help="Tokens of the prompt whose first token is timed; 0: leave it out.")]
 Repeats = Annotated[int, typer.Option(help="Timed runs of each workload; the median is told.")]
 WarmUp = Annotated[int, typer.Option(help="Runs of each workload that are not timed.")]
-Seed = Annotated[int, typer.Option(help="Of the mixes and the token ids.")]
-JsonFile = Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="Write everything measured as JSON.")]
-Png = Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the roofline and each share of the limit.")]
 Files = Annotated[list[Path], typer.Argument(metavar="FILE...", help="What --json wrote; or a peer's, in that form.")]
 Metric = Annotated[str, typer.Option(help="Which figure to set side by side, as the JSON names it.")]
 
@@ -65,7 +65,7 @@ def offline(
         shape=shape,
         against=against,
         mixes=tuple(mix.split(",")),
-        batches=_numbers("--batches", batches),
+        batches=numbers("--batches", batches),
         input_len=input_len,
         output_len=output_len if output_len is not None else 32 if against else 256,
         prefill_len=prefill_len,
@@ -102,10 +102,3 @@ def report(files: Files, metric: Metric = "output_tokens_per_s", png: Png = None
     if png is not None and len(files) > 1:
         raise InputError("--png draws one report", "give one file with it")
     session.show_reports(files, metric, png=png)
-
-
-def _numbers(flag: str, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(word) for word in text.split(","))
-    except ValueError:
-        raise ConfigError(f"{flag} is {text!r}", "give numbers with commas between them, as in 1,8,64") from None

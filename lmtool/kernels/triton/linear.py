@@ -194,7 +194,7 @@ def norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias
 
 
 def norm_linear_silu(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor) -> Tensor:
-    if _many_rows(x, weight):
+    if _many_rows(x, weight, paired=True):
         return silu_mul(torch.nn.functional.linear(rms_norm(x, norm_weight, eps), weight))
     return _few_rows(x, weight, None, norm_weight, eps, is_gated=True)
 
@@ -206,10 +206,12 @@ def add_linear_(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
     return _few_rows(x, weight, bias, out=residual)
 
 
-def _many_rows(x: Tensor, weight: Tensor) -> bool:
+def _many_rows(x: Tensor, weight: Tensor, *, paired: bool = False) -> bool:
     if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1]:
         raise KernelError(f"linear takes x [T, K] and weight [N, K], got {list(x.shape)} and {list(weight.shape)}")
-    return x.shape[0] > tuning.max_rows(*weight.shape) or x.shape[0] == 0
+    num_out, num_in = weight.shape[0] // (2 if paired else 1), weight.shape[1]
+    most = tuning.max_rows(arch(x.device), num_out, num_in, paired=paired, itemsize=x.dtype.itemsize)
+    return x.shape[0] > most or x.shape[0] == 0
 
 
 def _few_rows(
@@ -234,7 +236,7 @@ def _few_rows(
         x = x.contiguous() if norm_weight is None else rms_norm(x, norm_weight, eps)
         _launch_tiles(x, weight, bias, out, flags)
         return out
-    row = tuning.row_config(num_out, num_in, paired=is_gated)
+    row = tuning.row_config(arch(x.device), num_out, num_in, paired=is_gated, itemsize=x.dtype.itemsize)
     _row_kernel[(triton.cdiv(num_out, row.block_n),)](
         x.contiguous(),
         x if norm_weight is None else norm_weight,
@@ -253,7 +255,8 @@ def _few_rows(
 
 def _launch_tiles(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, flags: dict[str, Any]) -> None:
     num_rows, num_out = out.shape
-    tile = tuning.tile_config(arch(x.device), num_out, x.shape[1], paired=flags["GATED"], itemsize=x.dtype.itemsize)
+    shape = {"paired": flags["GATED"], "itemsize": x.dtype.itemsize}
+    tile = tuning.tile_config(arch(x.device), num_rows, num_out, x.shape[1], **shape)
     num_partials = tile.split * num_rows * weight.shape[0] if tile.split > 1 else 0
     _tile_kernel[(triton.cdiv(num_out, tile.block_n), tile.split)](
         x,

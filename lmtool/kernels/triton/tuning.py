@@ -1,11 +1,19 @@
-"""Launch configurations: a small measured table and a rule for every other shape. Knows no kernel.
+"""Launch configurations: what was measured for a shape, and a rule for every other. Knows no kernel.
 
-Nothing is tuned while serving; `benchmarks/gpu_kernels.py` prints the figures behind the table (docs/log.md has them).
+Nothing is tuned while serving: `lmtool bench kernels --tune` writes the tables, `tables` reads them, each when it is
+first needed. Lines of docs/log.md stand behind the rules.
 """
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
 from typing import NamedTuple
 
+from lmtool.kernels.triton import tables
+
 _HOPPER = 90
+_LIBRARY_ABOVE = 32  # rows, for shapes that were not measured: at 64 the library is the faster one almost everywhere
 
 
 class RowConfig(NamedTuple):
@@ -30,43 +38,59 @@ class TileConfig(NamedTuple):
     split: int = 1
 
 
-# (out features, in features, paired) → measured on an H200, float16 (docs/log.md)
-_ROWS = {
-    (6144, 4096, False): RowConfig(4, 4096, 8),
-    (4096, 4096, False): RowConfig(2, 2048, 4),
-    (14336, 4096, True): RowConfig(2, 4096, 8),
-    (4096, 14336, False): RowConfig(2, 16384, 8),
-    (128256, 4096, False): RowConfig(4, 4096, 8),
-    (4096, 2048, False): RowConfig(2, 1024, 1),
-    (2048, 2048, False): RowConfig(4, 2048, 4),
-    (8192, 2048, True): RowConfig(4, 1024, 2),
-    (2048, 8192, False): RowConfig(2, 4096, 8),
-    (92544, 2048, False): RowConfig(4, 2048, 8),
-}
-_TILES = {
-    (14336, 4096, True): TileConfig(128, 128, 4, 3),
-    (8192, 2048, True): TileConfig(64, 128, 4, 4),
-}
+class LibraryConfig(NamedTuple):
+    """More than ``above`` rows go to the library's matrix product."""
+
+    above: int
 
 
-def row_config(num_out: int, num_in: int, *, paired: bool) -> RowConfig:
-    """For one row. ``paired``: gate and up rows in one program."""
-    found = _ROWS.get((num_out, num_in, paired))
+# the kernels that a table may hold, and what it says about each
+CONFIGS: dict[str, type] = {"rows": RowConfig, "tiles": TileConfig, "library": LibraryConfig}
+
+_forced: ContextVar[tables.Table | None] = ContextVar("forced_tuning", default=None)
+
+
+@contextmanager
+def using(entries: Iterable[tables.Entry]) -> Iterator[None]:
+    """These entries go before all others inside the block: for the tuner, which tries them out."""
+    token = _forced.set(tables.Table(entries))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+@cache
+def _stored(capability: int) -> tables.Table:
+    return tables.load(capability, CONFIGS)
+
+
+def _find(capability: int, key: tables.Key, num_rows: int = 1) -> tables.Config | None:
+    forced = _forced.get()
+    found = None if forced is None else forced.find(key, num_rows)
+    return _stored(capability).find(key, num_rows) if found is None else found
+
+
+def row_config(capability: int, num_out: int, num_in: int, *, paired: bool, itemsize: int) -> RowConfig:
+    """For one row. ``paired``: gate and up rows in one program. Raises ConfigError for a table that is damaged."""
+    found = _find(capability, tables.Key("rows", num_out, num_in, paired, itemsize))
     if found is not None:
         return found
     block_k = min(4096, _power_of_two(num_in))
     return RowConfig(2, block_k, 8 if block_k == 4096 else 4)
 
 
-def tile_config(capability: int, num_out: int, num_in: int, *, paired: bool, itemsize: int) -> TileConfig:
+def tile_config(
+    capability: int, num_rows: int, num_out: int, num_in: int, *, paired: bool, itemsize: int
+) -> TileConfig:
     """For 2 to max_rows rows. Cards before Hopper have less shared memory: 64 KB on a 7.5, 99 KB on an 8.6."""
+    found = _find(capability, tables.Key("tiles", num_out, num_in, paired, itemsize), num_rows)
+    if found is not None:
+        return found
     if itemsize == 4:
         return TileConfig(32, 32, 4, 2, swap=False)
     if capability < _HOPPER:
         return TileConfig(64, 64, 4, 3)
-    found = _TILES.get((num_out, num_in, paired))
-    if found is not None:
-        return found
     if num_out >= 32768:
         return TileConfig(128, 128, 4, 3)
     if paired:
@@ -76,9 +100,10 @@ def tile_config(capability: int, num_out: int, num_in: int, *, paired: bool, ite
     return TileConfig(64, 128, 4, 6, split=split)
 
 
-def max_rows(num_out: int, num_in: int) -> int:
-    """Above this many rows the library's matrix product is the faster one (at 64 it is, almost everywhere)."""
-    return 32
+def max_rows(capability: int, num_out: int, num_in: int, *, paired: bool, itemsize: int) -> int:
+    """Above this many rows the library's matrix product is the faster one."""
+    found = _find(capability, tables.Key("library", num_out, num_in, paired, itemsize))
+    return _LIBRARY_ABOVE if found is None else found.above
 
 
 class AttentionConfig(NamedTuple):
