@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from lmtool.checkpoint.staging import StoredTensor
 from lmtool.errors import CheckpointError
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -58,6 +59,10 @@ class Checkpoint(Protocol):
 
     def tensor(self, name: str) -> torch.Tensor:
         """The dense tensor: HF as stored, GGUF dequantized to float32 (F16 and BF16 keep their dtype)."""
+        ...
+
+    def stored(self, name: str) -> StoredTensor | None:
+        """Where what `tensor` returns lies in a file, byte for byte; None where it is made from what lies there."""
         ...
 
     def packed_int4(self, name: str) -> PackedInt4 | None:

@@ -12,6 +12,7 @@ import torch
 from lmtool.checkpoint.formats import PackedInt4
 from lmtool.checkpoint.gguf_config import INTERLEAVED_ROPE, ROPE_FREQS, hf_config, hf_name
 from lmtool.checkpoint.gguf_file import GgufFile
+from lmtool.checkpoint.staging import StoredTensor
 from lmtool.errors import CheckpointError
 
 
@@ -37,6 +38,10 @@ class GgufCheckpoint:
 
     def tensor(self, name: str) -> torch.Tensor:
         return self._half_split_rows(name, self._dense(self._stored(name)))
+
+    def stored(self, name: str) -> StoredTensor | None:
+        self._stored(name)
+        return None
 
     def packed_int4(self, name: str) -> PackedInt4 | None:
         stored = self._stored(name)

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lmtool.checkpoint.formats import PackedInt4
+from lmtool.checkpoint.staging import StoredTensor
 from lmtool.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -59,6 +60,7 @@ class HfCheckpoint:
         self.generation_config = read_json(generation) if generation.exists() else {}
         self._shards: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
+        self._starts: dict[str, dict[str, int]] = {}  # file → name → first byte; read when first asked for
         files, index = _weight_files(path)
         for file in files:
             self._shards[file] = _open_shard(path / file)
@@ -84,6 +86,15 @@ class HfCheckpoint:
     def tensor(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = self._shard(name).get_tensor(name)
         return tensor
+
+    def stored(self, name: str) -> StoredTensor | None:
+        dtype = getattr(torch, self.dtype(name), None)
+        if not isinstance(dtype, torch.dtype):
+            return None
+        file = self._file_of[name]
+        if file not in self._starts:
+            self._starts[file] = _tensor_starts(self.path / file)
+        return StoredTensor(self.path / file, self._starts[file][name], self.shape(name), dtype)
 
     def packed_int4(self, name: str) -> PackedInt4 | None:
         self._shard(name)
@@ -159,6 +170,15 @@ def _open_shard(path: Path) -> Any:
         raise CheckpointError(
             f"{path} is corrupt or cut off ({path.stat().st_size} bytes): {error}", DOWNLOAD_AGAIN
         ) from error
+
+
+def _tensor_starts(path: Path) -> dict[str, int]:
+    """Name → first byte in the file, whose header `safe_open` has checked: its length in 8 bytes, then JSON."""
+    with path.open("rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(header_size))
+    header.pop("__metadata__", None)
+    return {name: 8 + header_size + entry["data_offsets"][0] for name, entry in header.items()}
 
 
 def _check_index(folder: Path, index: dict[str, str], file_of: dict[str, str]) -> None:

@@ -191,24 +191,29 @@ class DeviceRunner:
 
     # ------------------------------------------------------------------ before the first request
     def warm_up(self, *, max_batched_tokens: int, cuda_graphs: bool, progress: StartProgress | None = None) -> None:
-        """Compile every kernel and capture every graph; the longest prompt chunk shows whether memory is enough.
+        """Launch every kernel and capture every graph; the longest prompt chunk shows whether memory is enough.
 
         Only block 0, which belongs to nobody, is written to. Raises torch's OutOfMemoryError.
         """
+        self.rehearse(max_batched_tokens)
+        if cuda_graphs and kernels.is_capturable(self.device, self.decoder.dtype, self.decoder.config.head_dim):
+            with torch.inference_mode(), torch.cuda.device(self._index):
+                self._graphs.capture(progress)
+
+    def rehearse(self, max_batched_tokens: int) -> None:
+        """Steps that between them launch every variant of the kernels that a later one may need.
+
+        On tensors of the meta device it tells `precompile` what these variants are.
+        """
         longest = min(max_batched_tokens, self.plan.session_len)
-        lengths = sorted({longest, *(length for length in _WARM_UP_LENGTHS if length < longest)}, reverse=True)
-        for i, length in enumerate(lengths):
-            self.launch(_prompt_of(length)).read()
-            if progress is not None:
-                progress("compiling kernels", i + 1, len(lengths))
+        for length in (longest, *(length for length in _WARM_UP_LENGTHS if length < longest)):
+            self.launch(_prompt_of(length))
         with torch.inference_mode(), torch.cuda.device(self._index):
             # beside prompts any number of rows decodes, and the work list's kernel has a variant for odd ones
             for num_rows in (2**i + 1 for i in range(self._state.rows.shape[0].bit_length())):
                 seq_lens = torch.zeros(num_rows, dtype=torch.int32, device=self.device)
                 kernels.plan_decode(seq_lens, self._num_kv_heads, self._window)
-        if cuda_graphs and kernels.is_capturable(self.device, self.decoder.dtype, self.decoder.config.head_dim):
-            with torch.inference_mode(), torch.cuda.device(self._index):
-                self._graphs.capture(progress)
+            self._graphs.run_each()
 
 
 def _prompt_of(num_tokens: int) -> Batch:

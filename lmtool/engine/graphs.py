@@ -29,16 +29,19 @@ class Graphs:
         self._sizes = list(sizes)
         self._captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
+    def run_each(self) -> None:
+        """Every step once, so that nothing is compiled, loaded or created inside a capture or while serving."""
+        for size in reversed(self._sizes):
+            self._work(size)
+
     def capture(self, progress: StartProgress | None = None) -> None:
         """Largest first: the smaller ones then fit into the memory of the larger, which they share.
 
-        Each step runs once before, so that nothing is compiled or created inside a capture. Raises torch's
-        OutOfMemoryError.
+        `run_each` comes before. Raises torch's OutOfMemoryError.
         """
         pool = torch.cuda.graph_pool_handle()
+        torch.cuda.synchronize()
         for i, size in enumerate(reversed(self._sizes)):
-            self._work(size)
-            torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 ids = self._work(size)

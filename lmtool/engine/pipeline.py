@@ -18,12 +18,12 @@ from lmtool.checkpoint.hub import resolve_model
 from lmtool.config import EngineConfig, GenerationConfig
 from lmtool.engine.async_engine import AsyncEngine
 from lmtool.engine.detokenizer import Detokenizer
+from lmtool.engine.graphs import StartProgress
 from lmtool.engine.response import Answers, Response
 from lmtool.engine.scheduler import Counters
 from lmtool.engine.sequence import Request
 from lmtool.engine.setup import LoadedEngine, load_engine
 from lmtool.errors import ConfigError, RequestError
-from lmtool.models.loader import Progress
 from lmtool.tokenizer import Tokenizer, load_tokenizer
 
 Message = dict[str, Any]
@@ -183,12 +183,12 @@ def pipeline(
     chat_template: str | None = None,
     revision: str | None = None,
     download_dir: Path | None = None,
-    progress: Progress | None = None,
+    progress: StartProgress | None = None,
 ) -> Pipeline:
     """Load a model: a folder, a .gguf file, a hub id or a short name (`lmtool list`).
 
     chat_template: a built-in name or a file, where the checkpoint has none. backend_config: LMDeploy's name for
-    engine_config. progress: called with (layers loaded, layers in all).
+    engine_config. progress: called with (what is being done, parts done, parts in all).
     """
     if engine_config is not None and backend_config is not None:
         raise ConfigError("engine_config and backend_config are one thing", "give one of them")

@@ -5,13 +5,16 @@ Everything that can be refused is refused here, before the first request.
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lmtool import kernels
 from lmtool.checkpoint.formats import Checkpoint, open_checkpoint
 from lmtool.config import EngineConfig
 from lmtool.engine.block_manager import BlockManager
@@ -19,17 +22,22 @@ from lmtool.engine.core import EngineCore
 from lmtool.engine.device_runner import DeviceRunner
 from lmtool.engine.executor import LocalExecutor
 from lmtool.engine.graphs import StartProgress
-from lmtool.engine.kv_cache import CachePlan, plan_cache
+from lmtool.engine.kv_cache import BLOCK_SIZE, CachePlan, plan_cache
 from lmtool.engine.model_runner import ModelRunner
 from lmtool.engine.scheduler import Scheduler
 from lmtool.errors import CheckpointError, ConfigError, DeviceError, MemoryShortError
 from lmtool.kernels.cpu import multiplies_bfloat16
 from lmtool.models.config import ModelConfig
 from lmtool.models.decoder import Decoder
-from lmtool.models.loader import Progress, load_decoder, read_model_config
+from lmtool.models.loader import load_decoder, outline_decoder, read_model_config
+
+if TYPE_CHECKING:
+    from lmtool.kernels.triton.precompile import Precompilation
 
 _log = logging.getLogger(__name__)
 _GIB = 1 << 30
+# what torch, CUDA's libraries and Triton say, each in an error of its own
+_OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _OLDEST_CARD = (7, 5)
 _DEFAULT_BATCHED_TOKENS = {"cuda": 8192, "cpu": 512}
 _JOIN_SHARE = 32  # of the slots must be free before those who wait for one start: see Scheduler
@@ -49,10 +57,9 @@ class LoadedEngine:
 def load_engine(
     path: Path,
     config: EngineConfig,
-    progress: Progress | None = None,
-    start_progress: StartProgress | None = None,
+    progress: StartProgress | None = None,
 ) -> LoadedEngine:
-    """progress: of the weights; start_progress: of what a GPU needs after them.
+    """A model out of its files, ready for requests; on a GPU kernels are compiled while the weights are read.
 
     Raises CheckpointError, DeviceError, ConfigError or MemoryShortError, each with what would help.
     """
@@ -64,25 +71,32 @@ def load_engine(
         model = read_model_config(checkpoint.config)
         keep_int4 = _keeps_int4(checkpoint, config, device)
         dtype = torch.float32 if keep_int4 else choose_dtype(config.dtype, model, device)
-        decoder = _load(checkpoint, model, config, dtype, device, keep_int4, progress)
-        defaults = checkpoint.generation_config
+        compiling = None
+        if device.type == "cuda":
+            compiling = compile_steps(outline_decoder(checkpoint, model, dtype), config, device)
+        with closing(compiling) if compiling else nullcontext():
+            decoder = _load(checkpoint, model, config, dtype, device, keep_int4, progress)
+            defaults = checkpoint.generation_config
+            _log.info("weights loaded after %.1f s", time.perf_counter() - started)
+            core, plan = build_core(decoder, config, progress, compiling)
     finally:
         checkpoint.close()
-    _log.info("weights loaded in %.1f s", time.perf_counter() - started)
-    core, plan = build_core(decoder, config, start_progress)
     stored = "int4" if keep_int4 else str(dtype).removeprefix("torch.")
     return LoadedEngine(core, model, plan, device, stored, defaults, time.perf_counter() - started)
 
 
 def build_core(
-    decoder: Decoder, config: EngineConfig, progress: StartProgress | None = None
+    decoder: Decoder,
+    config: EngineConfig,
+    progress: StartProgress | None = None,
+    compiling: "Precompilation | None" = None,
 ) -> tuple[EngineCore, CachePlan]:
-    """The engine around a decoder that is in memory. Raises MemoryShortError."""
+    """The engine around a decoder that is in memory. compiling: its kernels. Raises MemoryShortError."""
     plan = plan_cache(config, decoder.config, decoder.dtype, decoder.device, free_bytes(decoder.device))
-    budget = config.max_batched_tokens or _DEFAULT_BATCHED_TOKENS[decoder.device.type]
+    budget = _batched_tokens(config, decoder.device)
     on_gpu = decoder.device.type == "cuda"
     runner = (
-        _device_runner(decoder, plan, config, budget, progress)
+        _device_runner(decoder, plan, config, progress, compiling)
         if on_gpu
         else ModelRunner(decoder, plan, max_batch_size=config.max_batch_size)
     )
@@ -96,19 +110,44 @@ def build_core(
     return EngineCore(scheduler, LocalExecutor(runner), session_len=plan.session_len), plan
 
 
+def _batched_tokens(config: EngineConfig, device: torch.device) -> int:
+    return config.max_batched_tokens or _DEFAULT_BATCHED_TOKENS[device.type]
+
+
+def compile_steps(outline: Decoder, config: EngineConfig, device: torch.device) -> "Precompilation | None":
+    """Begin to compile what a decoder like ``outline`` (on the meta device, two layers will do) needs on ``device``.
+
+    The cache's size is not known yet; no kernel is compiled for it.
+    """
+    session_len = config.session_len or outline.config.max_positions
+    plan = CachePlan(num_blocks=2, block_size=BLOCK_SIZE, block_bytes=0, session_len=session_len)
+    budget = _batched_tokens(config, device)
+
+    def rehearse() -> None:
+        DeviceRunner(outline, plan, max_batch_size=config.max_batch_size).rehearse(budget)
+
+    return kernels.compile_ahead(rehearse, device, outline.dtype, outline.config.head_dim)
+
+
 def _device_runner(
-    decoder: Decoder, plan: CachePlan, config: EngineConfig, max_batched_tokens: int, progress: StartProgress | None
+    decoder: Decoder,
+    plan: CachePlan,
+    config: EngineConfig,
+    progress: StartProgress | None,
+    compiling: "Precompilation | None",
 ) -> DeviceRunner:
     started = time.perf_counter()
-    try:
+    with _memory_short(
+        f"no memory for a step on {decoder.device} beside a K/V cache of {plan.num_bytes / _GIB:.1f} GiB",
+        "lower --cache-max-entry-count, --max-batch-size or --max-batched-tokens",
+    ):
         runner = DeviceRunner(decoder, plan, max_batch_size=config.max_batch_size)
-        runner.warm_up(max_batched_tokens=max_batched_tokens, cuda_graphs=config.cuda_graphs, progress=progress)
-    except torch.cuda.OutOfMemoryError:
-        raise MemoryShortError(
-            f"no memory for a step on {decoder.device} beside a K/V cache of {plan.num_bytes / _GIB:.1f} GiB",
-            "lower --cache-max-entry-count, --max-batch-size or --max-batched-tokens",
-        ) from None
-    _log.info("kernels compiled and decode steps captured in %.1f s", time.perf_counter() - started)
+        if compiling is not None:
+            compiling.wait(partial(progress, "compiling kernels") if progress else None)
+            _log.info("kernels compiled after another %.1f s", time.perf_counter() - started)
+        budget = _batched_tokens(config, decoder.device)
+        runner.warm_up(max_batched_tokens=budget, cuda_graphs=config.cuda_graphs, progress=progress)
+    _log.info("decode steps captured after another %.1f s", time.perf_counter() - started)
     return runner
 
 
@@ -179,6 +218,7 @@ def _check_format(checkpoint: Checkpoint, config: EngineConfig) -> None:
 def free_bytes(device: torch.device) -> int:
     """Memory that an allocation on ``device`` can have now."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps for its next allocation is as good as free
         return int(torch.cuda.mem_get_info(device)[0])
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
@@ -193,7 +233,7 @@ def _load(
     dtype: torch.dtype,
     device: torch.device,
     keep_int4: bool,
-    progress: Progress | None,
+    progress: StartProgress | None,
 ) -> Decoder:
     needed = model.num_parameters * (1 if keep_int4 else dtype.itemsize)
     free = free_bytes(device)
@@ -209,7 +249,10 @@ def _load(
             f"--session-len {config.session_len} is longer than the model's {model.max_positions} tokens",
             f"give at most {model.max_positions}",
         )
-    try:
+    with _memory_short(
+        f"the weights ({needed / _GIB:.1f} GiB) did not fit on {device} ({free / _GIB:.1f} GiB were free)",
+        "close what else uses the card, or use a smaller model",
+    ):
         return load_decoder(
             checkpoint,
             model,
@@ -217,10 +260,18 @@ def _load(
             device=device,
             num_positions=session_len,
             keep_int4=keep_int4,
-            progress=progress,
+            progress=partial(progress, "loading weights") if progress else None,
         )
-    except torch.cuda.OutOfMemoryError:
-        raise MemoryShortError(
-            f"the weights ({needed / _GIB:.1f} GiB) did not fit on {device} ({free / _GIB:.1f} GiB were free)",
-            "close what else uses the card, or use a smaller model",
-        ) from None
+
+
+@contextmanager
+def _memory_short(cause: str, fix: str) -> Iterator[None]:
+    """Whatever says inside that the device's memory is not enough is said in our words."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _OUT_OF_MEMORY) and not isinstance(
+            error, torch.cuda.OutOfMemoryError
+        ):
+            raise
+        raise MemoryShortError(cause, fix) from None

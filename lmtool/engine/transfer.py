@@ -29,7 +29,7 @@ def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
 
 def download(tensor: Tensor) -> Tensor:
     """A copy on the host, which is there once an event recorded after this call has passed."""
-    if tensor.device.type == "cpu":
+    if tensor.device.type != "cuda":
         return tensor.clone()
     there = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return there.copy_(tensor, non_blocking=True)

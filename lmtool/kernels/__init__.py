@@ -10,7 +10,7 @@ Block 0 belongs to no sequence: padded rows read and write it.
 
 from torch import Tensor
 
-from lmtool.kernels.dispatch import force, implementation, is_capturable
+from lmtool.kernels.dispatch import compile_ahead, force, implementation, is_capturable
 from lmtool.kernels.layout import DecodePlan, StepRows
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "advance_",
     "attention_decode",
     "attention_prefill",
+    "compile_ahead",
     "force",
     "implementation",
     "is_capturable",

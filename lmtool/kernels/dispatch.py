@@ -5,14 +5,18 @@ comparisons; nothing else overrides the choice. Knows the limits of the kernels,
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from lmtool.kernels.triton.precompile import Precompilation
 
 _log = logging.getLogger(__name__)
 _forced: ContextVar[str | None] = ContextVar("forced_kernels", default=None)
@@ -42,6 +46,25 @@ def implementation(op: str, device: torch.device, dtype: torch.dtype = torch.flo
 def is_capturable(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether a model's whole step can be a CUDA graph: every op runs as a kernel and none waits for the GPU."""
     return device.type == "cuda" and (_forced.get() or _kind(device, dtype, head_dim)) == "triton"
+
+
+def compile_ahead(
+    rehearse: Callable[[], None], device: torch.device, dtype: torch.dtype, head_dim: int
+) -> "Precompilation | None":
+    """Begin to compile, in the background, what ``rehearse`` launches on tensors of the meta device.
+
+    None where the steps of such a model are not kernels alone: there is nothing that could be compiled ahead.
+    """
+    if not is_capturable(device, dtype, head_dim):
+        return None
+    from lmtool.kernels.triton.precompile import Precompilation
+
+    def forced() -> None:
+        with force("triton"):
+            rehearse()
+
+    with torch.cuda.device(device):
+        return Precompilation(forced)
 
 
 @contextmanager

@@ -5,7 +5,8 @@ Knows no file format: a checkpoint is its names, shapes and tensors.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lmtool.checkpoint.formats import Checkpoint
+from lmtool.checkpoint.staging import Stager
 from lmtool.errors import CheckpointError
 from lmtool.layers.weights import Dense, Int4Cpu, Int8Cpu, Matrix
 from lmtool.models.config import ModelConfig, Reader
@@ -42,21 +44,32 @@ def load_decoder(
     keep_int4: bool = False,
     progress: Progress | None = None,
 ) -> Decoder:
-    """Build the decoder on ``device``. keep_int4: 4-bit matrices of a GGUF stay 4-bit (CPU)."""
-    source = Source(checkpoint, config, family(checkpoint.config), dtype, device, keep_int4)
-    source.check_names()
-    layers = []
-    for i in range(config.num_layers):
-        layers.append(source.layer(i))
-        if progress:
-            progress(i + 1, config.num_layers)
-    embed = source.tensor("embed")
-    return Decoder(config, embed, layers, source.tensor("final_norm"), source.head(embed), num_positions)
+    """Build the decoder on ``device``. keep_int4: 4-bit matrices of a GGUF stay 4-bit (CPU).
+
+    On a GPU files are read ahead of the copies, in the background, until all is there.
+    """
+    with Stager(device) if device.type == "cuda" else nullcontext() as stager:
+        source = Source(checkpoint, config, family(checkpoint.config), dtype, device, keep_int4, stager)
+        source.check_names()
+        decoder = source.decoder(num_positions, progress)
+        source.finish()
+    if progress:
+        progress(config.num_layers, config.num_layers)
+    return decoder
+
+
+def outline_decoder(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, num_layers: int = 2) -> Decoder:
+    """What `load_decoder` makes, with ``num_layers`` layers, on the meta device: shapes and dtypes, and no memory."""
+    config = replace(config, num_layers=min(num_layers, config.num_layers))
+    return Source(checkpoint, config, family(checkpoint.config), dtype, torch.device("meta")).decoder(num_positions=1)
 
 
 @dataclass(slots=True)
 class Source:
-    """A checkpoint in our names: what `load_decoder` walks, and quantization block by block."""
+    """A checkpoint in our names: what `load_decoder` walks, and quantization block by block.
+
+    With a ``stager`` tensors are filled in the background: they hold their numbers after `finish`.
+    """
 
     checkpoint: Checkpoint
     config: ModelConfig
@@ -64,6 +77,8 @@ class Source:
     dtype: torch.dtype
     device: torch.device
     keep_int4: bool = False
+    stager: Stager | None = None
+    _untransformed: list[tuple[Tensor, Callable[[Tensor, ModelConfig], Tensor]]] = field(default_factory=list)
 
     def wanted(self) -> list[str]:
         """Our names of everything this config needs."""
@@ -134,18 +149,51 @@ class Source:
 
     def tensor(self, ours: str, i: int = 0) -> Tensor:
         self.check_shape(ours, i)
+        if self.device.type == "meta":
+            return torch.empty(self.shape(ours), dtype=self.dtype, device=self.device)
+        transform = getattr(self.family, "TRANSFORMS", {}).get(ours)
+        staged = self._staged(self.sources(ours, i))
+        if staged is not None:
+            if transform is not None:
+                self._untransformed.append((staged, transform))
+            return staged
         parts = [self.checkpoint.tensor(name) for name in self.sources(ours, i)]
         for name, part in zip(self.sources(ours, i), parts, strict=True):
-            if not part.is_floating_point():
-                raise CheckpointError(
-                    f"{self.checkpoint.path}: {name} holds {part.dtype} numbers".replace("torch.", ""),
-                    "codes of a quantized model, which config.json does not explain: download the model again",
-                )
+            self._check_floating(name, part.dtype)
         joined = parts[0] if len(parts) == 1 else torch.cat(parts)
-        transform = getattr(self.family, "TRANSFORMS", {}).get(ours)
         if transform is not None:
             joined = transform(joined, self.config)
         return joined.to(device=self.device, dtype=self.dtype).contiguous()
+
+    def _staged(self, names: list[str]) -> Tensor | None:
+        """The named tensors one below the other, being filled; None where they do not lie in a file as they are."""
+        if self.stager is None:
+            return None
+        stored = [part for name in names if (part := self.checkpoint.stored(name)) is not None]
+        if len(stored) < len(names):
+            return None
+        for name, part in zip(names, stored, strict=True):
+            self._check_floating(name, part.dtype)
+        num_rows = [part.shape[0] for part in stored]
+        joined = torch.empty((sum(num_rows), *stored[0].shape[1:]), dtype=self.dtype, device=self.device)
+        for rows, part in zip(joined.split(num_rows), stored, strict=True):
+            self.stager.fill(rows, part)
+        return joined
+
+    def _check_floating(self, name: str, dtype: torch.dtype) -> None:
+        if not dtype.is_floating_point:
+            raise CheckpointError(
+                f"{self.checkpoint.path}: {name} holds {dtype} numbers".replace("torch.", ""),
+                "codes of a quantized model, which config.json does not explain: download the model again",
+            )
+
+    def finish(self) -> None:
+        """Wait for what is being filled. Raises CheckpointError for a file that cannot be read."""
+        if self.stager is not None:
+            self.stager.wait()
+        for tensor, transform in self._untransformed:
+            tensor.copy_(transform(tensor.clone(), self.config))
+        self._untransformed.clear()
 
     def optional(self, ours: str, i: int) -> Tensor | None:
         return self.tensor(ours, i) if ours in self.wanted() else None
@@ -167,6 +215,17 @@ class Source:
 
     def _dense_fits(self) -> bool:
         return self.config.num_parameters * 4 <= 2 << 30
+
+    def decoder(self, num_positions: int, progress: Progress | None = None) -> Decoder:
+        """The whole model. progress: called before each layer."""
+        embed, final_norm = self.tensor("embed"), self.tensor("final_norm")
+        head = self.head(embed)
+        layers = []
+        for i in range(self.config.num_layers):
+            if progress:
+                progress(i, self.config.num_layers)
+            layers.append(self.layer(i))
+        return Decoder(self.config, embed, layers, final_norm, head, num_positions)
 
     def layer(self, i: int) -> DecoderLayer:
         return DecoderLayer(

@@ -12,14 +12,16 @@ _STD = 0.02
 def random_decoder(
     config: ModelConfig, *, dtype: torch.dtype, device: torch.device, num_positions: int, seed: int = 0
 ) -> Decoder:
-    """Weights ~ N(0, 0.02²), norms near 1; the same for the same seed and device."""
-    generator = torch.Generator(device).manual_seed(seed)
+    """Weights ~ N(0, 0.02²), norms near 1; the same for the same seed and device. On 'meta': the shapes alone."""
+    generator = torch.Generator(device).manual_seed(seed) if device.type != "meta" else None
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=device).normal_(0, _STD, generator=generator)
+        empty = torch.empty(shape, dtype=dtype, device=device)
+        return empty if generator is None else empty.normal_(0, _STD, generator=generator)
 
     def norm(size: int) -> torch.Tensor:
-        return 1 + normal(size)
+        made = normal(size)
+        return made if made.is_meta else 1 + made  # torch's arithmetic on meta tensors imports a compiler: seconds
 
     def matrix(num_out: int, num_in: int, bias: bool) -> Dense:
         return Dense(normal(num_out, num_in), normal(num_out) if bias else None)

@@ -238,8 +238,6 @@ def test_a_model_that_overflows_ends_its_requests_with_an_error(alone: dict[int,
 
 def test_warming_up_leaves_no_trace(decoder: Decoder, alone: dict[int, list[int]]) -> None:
     core = device_core(decoder)
-    steps: list[str] = []
     runner = core._executor._runner  # type: ignore[attr-defined]
-    runner.warm_up(max_batched_tokens=512, cuda_graphs=True, progress=lambda what, done, total: steps.append(what))
-    assert steps
+    runner.warm_up(max_batched_tokens=512, cuda_graphs=True)
     check_equal(alone, run_all(core, REQUESTS), decoder, PROMPTS)

@@ -10,15 +10,23 @@ import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.runtime.driver import driver
 
 HOPPER = 90
 
 
-@cache
 def arch(device: torch.device) -> int:
-    """Compute capability as one number (90 for 9.0); 0 where kernels are interpreted on a CPU."""
-    if device.type != "cuda":
-        return 0
+    """Compute capability as one number (90 for 9.0); 0 where kernels are interpreted on a CPU.
+
+    The meta device, on which `precompile` rehearses, is the card that is compiled for.
+    """
+    if device.type == "meta":
+        return int(driver.active.get_current_target().arch)
+    return _capability(device) if device.type == "cuda" else 0
+
+
+@cache
+def _capability(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     return major * 10 + minor
 

@@ -1,0 +1,116 @@
+"""Kernels compiled ahead, many at a time: a rehearsal on tensors of the meta device says which.
+
+The launchers themselves decide what is compiled, so no launch is described twice. A meta tensor has the dtype, the
+shape and, by its offset, the alignment of the real one, and these are all that Triton specialises for. Knows no op.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from threading import Lock, get_ident
+from typing import Any
+
+import torch
+from triton import knobs
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from lmtool.errors import DeviceError
+
+_log = logging.getLogger(__name__)
+_MAX_WORKERS = 16  # beyond, Python's lock is what they wait for
+
+Variants = dict[tuple[str, str, str], tuple[JITFunction, str]]  # module, name, key → what `preload` takes
+_collecting = Lock()
+
+
+class Precompilation:
+    """Finds out what ``rehearse`` launches, then compiles and loads it, all on threads of its own from now on.
+
+    Triton lets go of Python's lock while LLVM works, and ptxas is a process: threads are enough, and what they
+    compile is in this process's cache as well as on the disk. The device is the caller's current one.
+    """
+
+    def __init__(self, rehearse: Callable[[], None]) -> None:
+        workers = min(len(os.sched_getaffinity(0)), _MAX_WORKERS)
+        device = driver.active.get_current_device()
+        self._pool = ThreadPoolExecutor(workers, "compile", _choose, (device,))
+        self._begun = self._pool.submit(self._begin, rehearse)
+
+    def _begin(self, rehearse: Callable[[], None]) -> dict[Future[None], str]:
+        found = collect(rehearse)
+        return {self._pool.submit(_compile, *variant): name for (_, name, _), variant in found.items()}
+
+    def wait(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """progress: kernels done, kernels in all. Raises DeviceError where one cannot be compiled, OutOfMemoryError."""
+        try:
+            running = self._known()
+            for i, future in enumerate(as_completed(running)):
+                error = future.exception()
+                if error is not None:
+                    raise _refusal(running[future], error) from error
+                if progress is not None:
+                    progress(i + 1, len(running))
+        finally:
+            self.close()
+
+    def _known(self) -> dict[Future[None], str]:
+        try:
+            return self._begun.result()
+        except (NotImplementedError, RuntimeError) as error:  # an operation of torch's that has no meta form
+            _log.warning("kernels are compiled one after the other, when first used: %s", error)
+            return {}
+
+    def close(self) -> None:
+        """What has not begun is left out; what has is waited for. May be called twice."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def collect(rehearse: Callable[[], None]) -> Variants:
+    """What the launches in ``rehearse``, all on meta tensors, would compile; nothing is compiled or launched."""
+    variants: Variants = {}
+    with _collecting, _compile_only(variants):
+        rehearse()
+    return variants
+
+
+def _refusal(kernel: str, error: BaseException) -> Exception:
+    if "out of memory" in str(error):
+        return torch.cuda.OutOfMemoryError(str(error))
+    return DeviceError(
+        f"{kernel} cannot be compiled for this card: {type(error).__name__}: {' '.join(str(error).split())[-200:]}",
+        "Triton needs a C compiler (gcc) and a driver of its CUDA version: see `lmtool check_env`",
+    )
+
+
+@contextmanager
+def _compile_only(variants: Variants) -> Iterator[None]:
+    """Launches by this thread are noted instead of done; those by others go on as ever."""
+    launch, hook, thread = JITFunction.run, knobs.runtime.jit_cache_hook, get_ident()
+
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        return launch(self, *args, grid=grid, warmup=warmup or get_ident() == thread, **kwargs)
+
+    def note(*, key: str, fn: Any, compile: dict[str, Any], **others: Any) -> bool:  # noqa: A002  Triton's word
+        if get_ident() != thread:
+            return bool(hook and hook(key=key, fn=fn, compile=compile, **others))
+        variants[fn.module, fn.name, key] = fn.jit_function, compile["specialization_data"]
+        return True
+
+    JITFunction.run, knobs.runtime.jit_cache_hook = run, note
+    try:
+        yield
+    finally:
+        JITFunction.run, knobs.runtime.jit_cache_hook = launch, hook
+
+
+def _choose(device: int) -> None:
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device)
+
+
+def _compile(function: JITFunction, specialization: str) -> None:
+    kernel = function.preload(specialization)
+    kernel.run  # noqa: B018  asking for its launcher loads it onto the card
