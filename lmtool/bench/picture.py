@@ -19,7 +19,7 @@ def draw(report: Report, path: Path) -> None:
 
     shares = _shares(report)
     if not shares:
-        raise InputError("nothing in the report stands beside a limit", "--png needs a run of `lmtool bench offline`")
+        raise InputError("nothing in the report stands beside a limit", "--png needs a run of `lmtool bench`")
     points = _points(report)
     figure = Figure(figsize=(12 if points else 7, 2.5 + 0.35 * max(len(shares), 4)), layout="constrained")
     made_by = f"{report.engine} {report.commit or ''}".rstrip()
@@ -31,34 +31,40 @@ def draw(report: Report, path: Path) -> None:
     figure.savefig(path, format="png", dpi=120)
 
 
-def _shares(report: Report) -> list[tuple[str, float, float]]:
-    """(name, tok/s, share of the limit)."""
+def _shares(report: Report) -> list[tuple[str, str, float]]:
+    """(name, figure, share of the limit)."""
     found = []
     for result in report.results:
-        metric = report.headline(result["name"])
-        if metric.get("ratio") is not None:
-            found.append((result["name"], metric["median"], metric["ratio"]))
+        rate, time = report.headline(result["name"]), report.metric(result["name"], "time_s")
+        if rate.get("ratio") is not None:
+            found.append((result["name"], f"{rate['median']:,.0f} tok/s", rate["ratio"]))
+        elif time.get("ratio") is not None:
+            found.append((result["name"], f"{time['median'] * 1e6:,.1f} µs", time["ratio"]))
     compared = [one for one in report.comparisons if one["limit_ratio"] is not None]
-    return found + [(one["name"], one["ours_tokens_per_s"], one["limit_ratio"]) for one in compared]
+    return found + [(one["name"], f"{one['ours_tokens_per_s']:,.0f} tok/s", one["limit_ratio"]) for one in compared]
 
 
 def _points(report: Report) -> list[tuple[str, float, float]]:
-    """(name, operations per byte, operations per second), where the limits and the work are known."""
+    """(name, operations per byte, operations per second), where the limits and the work are known.
+
+    Ops are named by their group: there are too many to write beside each point.
+    """
     if not report.limits:
         return []
     points = []
     for result in report.results:
         if result.get("num_bytes") and result.get("flops"):
             duration_s = sorted(result["durations_s"])[len(result["durations_s"]) // 2]
-            points.append((result["name"], result["flops"] / result["num_bytes"], result["flops"] / duration_s))
+            name = result.get("group", result["name"])
+            points.append((name, result["flops"] / result["num_bytes"], result["flops"] / duration_s))
     return points
 
 
-def _draw_shares(axes: Any, shares: Sequence[tuple[str, float, float]]) -> None:
+def _draw_shares(axes: Any, shares: Sequence[tuple[str, str, float]]) -> None:
     positions = range(len(shares))
     axes.barh(positions, [share * 100 for _, _, share in shares], color=_INK)
-    for position, (_, rate, share) in zip(positions, shares, strict=True):
-        axes.annotate(f" {share:.0%} · {rate:,.0f} tok/s", (share * 100, position), va="center")
+    for position, (_, figure, share) in zip(positions, shares, strict=True):
+        axes.annotate(f" {share:.0%} · {figure}", (share * 100, position), va="center")
     axes.set_yticks(positions, [name for name, _, _ in shares])
     axes.invert_yaxis()
     axes.axvline(100, color=_ROOF, linewidth=1)
@@ -72,9 +78,16 @@ def _draw_roofline(axes: Any, points: Sequence[tuple[str, float, float]], limits
     left = min(ridge, *(x for _, x, _ in points)) / 4
     right = max(ridge, *(x for _, x, _ in points)) * 4
     axes.loglog([left, ridge, right], [left * read / 1e12, peak / 1e12, peak / 1e12], color=_ROOF)
-    axes.scatter([x for _, x, _ in points], [y / 1e12 for _, _, y in points], color=_INK, zorder=3)
-    for name, x, y in points:
-        axes.annotate(name, (x, y / 1e12), xytext=(5, -10), textcoords="offset points", fontsize=8)
+    names = list(dict.fromkeys(name for name, _, _ in points))
+    for i, name in enumerate(names):
+        found = [(x, y / 1e12) for one, x, y in points if one == name]
+        color = _INK if len(found) == 1 else f"C{i}"
+        axes.scatter([x for x, _ in found], [y for _, y in found], color=color, label=name, zorder=3)
+    if len(names) < len(points):
+        axes.legend(fontsize=8)
+    else:
+        for name, x, y in points:
+            axes.annotate(name, (x, y / 1e12), xytext=(5, -10), textcoords="offset points", fontsize=8)
     axes.set_xlabel("operations per byte (one pass over weights and cache for each step)")
     axes.set_ylabel("TFLOP/s")
     axes.set_title(

@@ -16,7 +16,7 @@ from lmtool import __version__
 from lmtool.bench.compare import Comparison
 from lmtool.bench.limits import Limits
 from lmtool.bench.offline import Result
-from lmtool.bench.tables import make_table, number
+from lmtool.bench.tables import kernels_table, make_table, number, tuned_table
 from lmtool.errors import InputError
 
 FORMAT = "lmtool-bench/1"
@@ -148,7 +148,7 @@ def show(report: Report, console: Console) -> None:
     if report.limits:
         show_limits(report.limits, console)
     if report.results:
-        console.print(_results_table(report))
+        console.print(_table_of(report))
     if report.comparisons:
         console.print(_comparison_table(report.comparisons))
 
@@ -171,6 +171,14 @@ _COLUMNS = {
     "prefill_tokens_per_s": "prefill tok/s",
     "requests_per_s": "req/s",
 }
+
+
+def _table_of(report: Report) -> Table:
+    """What was measured says which: a search, ops, or the engine's workloads."""
+    metrics = report.results[0].get("metrics", {})
+    if "before_s" in metrics:
+        return tuned_table(report.results)
+    return kernels_table(report.results) if "time_s" in metrics else _results_table(report)
 
 
 def _results_table(report: Report) -> Table:

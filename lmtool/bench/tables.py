@@ -49,3 +49,20 @@ def tuned_table(results: Sequence[dict[str, Any]]) -> Table:
             *(scaled(metrics[name], 1e6) for name in ("library_s", "before_step_s", "step_s", "library_step_s")),
         )
     return table
+
+
+def kernels_table(results: Sequence[dict[str, Any]]) -> Table:
+    """Of `bench kernels`: each op's time, its limit, and the library's product where there is one, in µs."""
+    table = make_table("op, rows", "µs", "limit µs", "of the limit", "library's product µs", "library / ours")
+    for result in results:
+        time, library = result["metrics"]["time_s"], result["metrics"].get("library_s", {})
+        ratio = time.get("ratio")
+        table.add_row(
+            result["name"],
+            scaled(time, 1e6),
+            scaled(time, 1e6, "limit"),
+            "" if ratio is None else f"{ratio:.0%}",
+            scaled(library, 1e6),
+            f"{library['median'] / time['median']:.2f}×" if library else "",
+        )
+    return table

@@ -40,6 +40,7 @@ def kernels(
     given = None if rows is None else numbers("--rows", rows)
     if given is not None and min(given) < 1:
         raise ConfigError(f"--rows has {min(given)}", "give 1 or more")
+    options.engine_config(device=device, dtype=dtype)  # refuses what they cannot be
     if tune:
         if only is not None or png is not None:
             raise ConfigError("--tune measures the matrix products and draws nothing", "leave --only and --png out")
