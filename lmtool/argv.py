@@ -15,12 +15,17 @@ ENGINE_WORDS = {"turbomind": "turbomind", "pytorch": "pytorch", "torch": "pytorc
 ENGINE_COMMANDS = {"chat"}
 
 # commands whose MODEL may also be given as `--model MODEL`
-MODEL_COMMANDS = {"chat"}
+MODEL_COMMANDS = {"chat", "lite auto-awq"}
 
 # a boolean flag -> what to say for an explicit False; None: saying nothing means False
 BOOLEAN_FLAGS: dict[str, str | None] = {
     "--json": None,
     "--tune": None,
+    "--ignore-eos": "--no-ignore-eos",
+    "--no-ignore-eos": "--ignore-eos",
+    "--search-scale": None,
+    "--w-sym": None,
+    "--fresh": None,
     "--show-prompt": None,
     "--double-enter": None,
     "--markdown": "--no-markdown",
@@ -36,9 +41,10 @@ def translate(argv: Iterable[str]) -> list[str]:
     """The same command line in the words that the commands declare. Nothing after ``--`` is touched."""
     words = list(argv)
     end = words.index("--") if "--" in words else len(words)
-    command = next((_spelled(word) for word in words[:end] if not word.startswith("-")), "")
+    spoken = [_spelled(word) for word in words[:end] if not word.startswith("-")]
+    command, with_group = "".join(spoken[:1]), " ".join(spoken[:2])
     head = list(_name_engine(words[:end], command))
-    if command in MODEL_COMMANDS:
+    if {command, with_group} & MODEL_COMMANDS:
         head = list(_model_is_positional(head))
     return [*_explicit_booleans(head), *words[end:]]
 

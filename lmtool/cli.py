@@ -31,6 +31,7 @@ COMMANDS = {
     "check-env": ("lmtool.commands.check_env", "check_env"),
 }
 GROUPS = {
+    "lite": ("lmtool.commands.lite", "app"),
     "bench": ("lmtool.commands.bench", "app"),
 }
 

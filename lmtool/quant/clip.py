@@ -6,7 +6,7 @@ The loss is the group's own block of the Gram matrix, so all groups of all rows 
 import torch
 from torch import Tensor
 
-from lmtool.quant.grid import Grid, grid_between
+from lmtool.quant.grid import LEVELS, Grid, grid_between
 
 SHRINKS = tuple(1 - 0.05 * i for i in range(11))  # 1.0 … 0.5
 
@@ -17,7 +17,7 @@ def search_grid(weight: Tensor, gram: Tensor, group_size: int) -> Grid:
     grouped = weight.view(weight.shape[0], num_groups, group_size)
     low, high = grouped.aminmax(dim=-1)
     by_group = grouped.transpose(0, 1).contiguous()  # [G, N, g]: the layout of a batched product
-    blocks = torch.stack([block for block in _diagonal_blocks(gram, group_size)])
+    blocks = torch.stack(_diagonal_blocks(gram, group_size))
     best = grid_between(low, high)
     best_loss = torch.full_like(low, torch.inf)
     for shrink in SHRINKS:
@@ -39,4 +39,4 @@ def _rounded_by_group(by_group: Tensor, grid: Grid) -> Tensor:
     """by_group [G, N, g] to the nearest levels of grid [N, G]."""
     scale, zero = grid.scale.t()[..., None], grid.zero.t()[..., None]
     levels = (by_group / scale).round_()
-    return levels.clamp_(-zero, 15 - zero).mul_(scale)
+    return levels.clamp_(-zero, LEVELS - zero).mul_(scale)

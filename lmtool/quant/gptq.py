@@ -14,7 +14,7 @@ _PANEL = 64  # columns whose errors are spread at once over all later ones
 
 
 def gptq(weight: Tensor, gram: Tensor, grid: Grid, damping: float = DAMPING) -> Codes:
-    """weight float32 [N, K], gram [K, K], grid [N, K/g]. Raises torch.linalg.LinAlgError where gram is no Gram matrix."""
+    """weight float32 [N, K], gram [K, K], grid [N, K/g]. Raises LinAlgError where gram is no Gram matrix."""
     num_in = weight.shape[1]
     group_size = num_in // grid.group_count
     order = torch.argsort(gram.diagonal(), descending=True)

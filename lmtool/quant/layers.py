@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -57,7 +58,9 @@ class Blocks:
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids int64 [...] → float32 [..., H]."""
-        return self._source.tensor("embed").index_select(0, ids.flatten()).view(*ids.shape, -1)
+        (name,) = self._source.sources("embed", 0)
+        rows = self.checkpoint.tensor(name).index_select(0, ids.flatten().cpu())
+        return rows.to(self._source.device, torch.float32).view(*ids.shape, -1)
 
     def linears(self, i: int, group: str) -> list[Linear]:
         """What our matrix ``group`` of block i is made of, in the order in which it is stacked."""
@@ -91,7 +94,7 @@ class Blocks:
         """Names of embedding, last norm and head, and how many numbers each holds."""
         outer = [ours for ours in self._source.wanted() if not ours.startswith("layers.")]
         names = [name for ours in outer for name in self._source.sources(ours, 0)]
-        return {name: _numel(self.checkpoint.shape(name)) for name in names}
+        return {name: prod(self.checkpoint.shape(name)) for name in names}
 
     def _split(self, ours: str, i: int, value: Tensor) -> dict[str, Tensor]:
         names = self._source.sources(ours, i)
@@ -129,10 +132,3 @@ def skipped_groups(blocks: Blocks, i: int, patterns: tuple[str, ...]) -> set[str
 
 def _fields(codes: Codes) -> Iterator[Tensor]:
     yield from (codes.codes.cpu(), codes.scale.cpu(), codes.zero.cpu())
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result

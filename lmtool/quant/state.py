@@ -1,4 +1,4 @@
-"""`.state/` of a work dir: what is done, so that the same command goes on where it was killed and writes the same bytes.
+"""`.state/` of a work dir: what is done, so that the same command goes on where it was killed, to the same bytes.
 
     fingerprint.json        the model, the text and the options; another command may not go on from here
     hidden-00003.f32        hidden states in front of block 3, a mapped file: the page cache keeps what fits
@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from lmtool.checkpoint.writer import write_json, write_tensors
 from lmtool.errors import ConfigError
 
 FOLDER = ".state"
+_BYTES = {"F16": 2, "BF16": 2, "I32": 4}  # what a quantized block is made of
 
 
 class State:
@@ -82,8 +84,8 @@ class State:
     def sizes(self, block: int) -> dict[str, int]:
         """name → bytes of a done block's tensors."""
         with safe_open(self._tensors_file(block), framework="pt") as file:
-            names = list(file.keys())
-            return {name: file.get_tensor(name).nbytes for name in names}
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  safe_open is not iterable
+            return {name: prod(part.get_shape()) * _BYTES[part.get_dtype()] for name, part in slices.items()}
 
     def tensor(self, block: int, name: str) -> Tensor:
         with safe_open(self._tensors_file(block), framework="pt") as file:
@@ -106,10 +108,8 @@ class State:
         return self.folder / f"hidden-{block:05d}.f32"
 
     def _map(self, path: Path) -> Tensor:
-        size = 1
-        for n in self._shape:
-            size *= n
-        return torch.from_file(str(path), shared=True, size=size, dtype=torch.float32).view(self._shape)
+        flat = torch.from_file(str(path), shared=True, size=prod(self._shape), dtype=torch.float32)
+        return flat.view(self._shape)
 
 
 def _refuse_difference(work_dir: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

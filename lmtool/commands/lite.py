@@ -1,0 +1,107 @@
+"""`lmtool lite`: make a model smaller. Flags of both generations of LMDeploy, each described once."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lmtool.commands import options
+from lmtool.errors import ConfigError
+
+app = typer.Typer(help="Make a model smaller, and measure what it cost.", no_args_is_help=True)
+
+_CALIBRATION = "Calibration text"
+_FORMAT = "Format"
+_RUN = "Run"
+
+WorkDir = Annotated[Path, typer.Option(metavar="FOLDER", help="Where the result goes.", rich_help_panel=_RUN)]
+CalibDataset = Annotated[
+    str | None,
+    typer.Option(metavar="FILE|FOLDER", help="Text: txt, md, jsonl or json.", rich_help_panel=_CALIBRATION),
+]
+CalibSamples = Annotated[int, typer.Option(help="Sequences; 0: plain rounding.", rich_help_panel=_CALIBRATION)]
+CalibSeqlen = Annotated[int, typer.Option(help="Tokens of each sequence.", rich_help_panel=_CALIBRATION)]
+BatchSize = Annotated[int, typer.Option(help="Sequences computed at once.", rich_help_panel=_CALIBRATION)]
+Seed = Annotated[int, typer.Option(help="Which stretches of the text are taken.", rich_help_panel=_CALIBRATION)]
+SearchScale = Annotated[
+    bool,
+    typer.Option("--search-scale", help="Accepted: the search is on anyway.", rich_help_panel=_FORMAT),
+]
+WBits = Annotated[int, typer.Option(help="Bits of a weight: 4.", rich_help_panel=_FORMAT)]
+WSym = Annotated[bool, typer.Option("--w-sym", help="Without zero points (not yet).", rich_help_panel=_FORMAT)]
+WGroupSize = Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128.", rich_help_panel=_FORMAT)]
+Method = Annotated[
+    str,
+    typer.Option(
+        help="rtn: plain rounding; smooth: fixed scales; awq: searched scales and clipping; gptq: error feedback; "
+        "best: awq, then gptq.",
+        rich_help_panel=_FORMAT,
+    ),
+]
+Skip = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN",
+        help="Leave linears whose name this regular expression finds; may be given several times.",
+        rich_help_panel=_FORMAT,
+    ),
+]
+Dtype = Annotated[str, typer.Option(help="Of what is not quantized: auto, float16, bfloat16.", rich_help_panel=_FORMAT)]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …", rich_help_panel=_RUN)]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Start over instead of going on where a run stopped.", rich_help_panel=_RUN)
+]
+
+
+@app.command("auto-awq")
+def auto_awq(
+    model: options.Model,
+    *,
+    work_dir: WorkDir = Path("./work_dir"),
+    calib_dataset: CalibDataset = None,
+    calib_samples: CalibSamples = 64,
+    calib_seqlen: CalibSeqlen = 512,
+    batch_size: BatchSize = 4,
+    seed: Seed = 0,
+    method: Method = "best",
+    w_bits: WBits = 4,
+    w_sym: WSym = False,
+    w_group_size: WGroupSize = 128,
+    skip: Skip = None,
+    search_scale: SearchScale = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    revision: options.Revision = None,
+    download_dir: options.DownloadDir = None,
+    fresh: Fresh = False,
+) -> None:
+    """Quantize a model's weights to 4 bits (AWQ's format); the same command again goes on where it was stopped."""
+    from lmtool.quant.options import CalibrationOptions, QuantOptions
+
+    calibration = CalibrationOptions(
+        dataset=calib_dataset, samples=calib_samples, seqlen=calib_seqlen, batch_size=batch_size, seed=seed
+    )
+    quant = QuantOptions(
+        method=method, bits=w_bits, symmetric=w_sym, group_size=w_group_size, skip=tuple(skip or ()), dtype=dtype
+    )
+    needs_text = quant.searches and calibration.samples > 0
+    _check_dataset(calib_dataset, needs_text)
+
+    from lmtool.checkpoint.hub import resolve_model
+    from lmtool.commands.lite_progress import QuantProgress
+    from lmtool.engine.setup import choose_device
+    from lmtool.quant.pipeline import Job, quantize
+
+    source = resolve_model(model, revision=revision, download_dir=download_dir)
+    job = Job(source, work_dir, quant, calibration, choose_device(device), fresh)
+    with QuantProgress(work_dir) as progress:
+        quality = quantize(job, progress)
+    progress.show(quality)
+
+
+def _check_dataset(dataset: str | None, needed: bool) -> None:
+    if needed and dataset is None:
+        raise ConfigError(
+            "the search needs calibration text",
+            "give --calib-dataset FILE, or --calib-samples 0",
+        )

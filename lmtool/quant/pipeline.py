@@ -1,0 +1,254 @@
+"""`lite auto_awq`: block by block from a checkpoint to a 4-bit one, resumable after each block.
+
+A work dir is shared with `calibrate`: statistics under `calibration/`, resumable state under `.state/`, the model's
+files at the top. Does not know the command line, Rich or the engine.
+"""
+
+import hashlib
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lmtool import __version__, kernels
+from lmtool.checkpoint.formats import open_checkpoint
+from lmtool.checkpoint.reader import read_json
+from lmtool.errors import ConfigError, MemoryShortError
+from lmtool.layers.rotary import cos_sin_table
+from lmtool.quant.block import Block
+from lmtool.quant.datasets import calibration_ids
+from lmtool.quant.gram import Statistics
+from lmtool.quant.groups import GROUPS
+from lmtool.quant.layers import Blocks, skipped_groups
+from lmtool.quant.options import CalibrationOptions, QuantOptions, check_sizes
+from lmtool.quant.output import QUALITY, write_model
+from lmtool.quant.plan import Plan, plan_run
+from lmtool.quant.search import Outcome, quantize_block
+from lmtool.quant.state import State
+from lmtool.tokenizer import load_tokenizer
+
+_SAMPLED_BYTES = 1 << 20
+
+
+class Listener(Protocol):
+    """Who watches a run."""
+
+    def planned(self, plan: Plan) -> None: ...
+
+    def block_done(self, block: int, report: Mapping[str, Any], seconds: float) -> None: ...
+
+    def writing(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What `quantize` was asked for."""
+
+    model: Path
+    work_dir: Path
+    options: QuantOptions
+    calibration: CalibrationOptions
+    device: torch.device
+    fresh: bool = False
+    # from elsewhere than a file: text the model samples itself, a hub's data set. int64 [samples, seqlen]
+    ids: Tensor | None = None
+
+
+def quantize(job: Job, listener: Listener) -> dict[str, Any]:
+    """Run a job, or go on with it; the content of lmtool-quality.json.
+
+    Raises ConfigError, CheckpointError, TokenizerError or MemoryShortError, each before anything is written where
+    that can be known.
+    """
+    if job.calibration.samples == 0:
+        job = replace(job, options=replace(job.options, method="rtn"))
+    checkpoint = open_checkpoint(job.model)
+    try:
+        blocks = Blocks(checkpoint, job.device)
+        skipped = _check(blocks, job)
+        tokenizer = load_tokenizer(job.model)
+        ids = _ids(job, tokenizer)
+        about = _about(job, ids)
+        shape = (*ids.shape, blocks.config.hidden_size) if ids is not None else (0,)
+        done = _finished(job, about)
+        if done is not None:
+            return done
+        state = State(job.work_dir, about["fingerprint"], shape, fresh=job.fresh)
+        num_tokens = ids.numel() if ids is not None else 0
+        listener.planned(plan_run(blocks, job.calibration, job.options, num_tokens, state.blocks_done))
+        dtype = _stored_dtype(blocks, job.options)
+        with torch.inference_mode(), kernels.force("reference"):
+            _run_blocks(blocks, job, state, ids, dtype, listener)
+        listener.writing()
+        quality = write_model(job.work_dir, blocks, state, tokenizer, job.options, dtype, skipped, about["report"])
+        state.drop_blocks()
+        return quality
+    except torch.OutOfMemoryError as error:
+        raise MemoryShortError(
+            f"a block does not fit on {job.device}: {' '.join(str(error).split())[:120]}",
+            "give a smaller --batch-size or --calib-seqlen, or --device cpu",
+        ) from error
+    finally:
+        checkpoint.close()
+
+
+# ------------------------------------------------------------------ the blocks
+
+
+def _run_blocks(
+    blocks: Blocks, job: Job, state: State, ids: Tensor | None, dtype: torch.dtype, listener: Listener
+) -> None:
+    first = state.blocks_done
+    if ids is not None and first == 0 and not state.has_hidden(0):
+        state.new_hidden(0).copy_(blocks.embed(ids.to(job.device)))
+        state.keep_hidden(0)
+    for i in range(first, len(blocks)):
+        started = time.perf_counter()
+        layer = blocks.load(i)
+        statistics: dict[str, Statistics] = {}
+        if ids is not None:
+            table = cos_sin_table(blocks.config.rope, ids.shape[1], job.device)
+            statistics = _calibrate(Block(layer, blocks.config, table), state, i, job)
+        skipped = skipped_groups(blocks, i, job.options.skip)
+        outcomes = quantize_block(
+            layer,
+            blocks.config,
+            statistics,
+            method=job.options.method,
+            group_size=job.options.group_size,
+            skipped=skipped,
+            dtype=dtype,
+        )
+        tensors = blocks.dense_tensors(i, layer, skipped, dtype)
+        for outcome in outcomes:
+            tensors |= blocks.quantized_tensors(i, outcome.group, outcome.codes)
+        report = {"layer": i, "linears": [_entry(blocks, i, outcome) for outcome in outcomes]}
+        state.commit(i, tensors, report)
+        listener.block_done(i, report, time.perf_counter() - started)
+
+
+def _calibrate(block: Block, state: State, i: int, job: Job) -> dict[str, Statistics]:
+    """Statistics of block i's four inputs; the hidden states behind it are left for the next."""
+    statistics: dict[str, Statistics] = {}
+
+    def observe(name: str, x: Tensor) -> None:
+        if name not in statistics:
+            statistics[name] = Statistics(x.shape[-1], x.device)
+        statistics[name].add(x)
+
+    hidden, following = state.hidden(i), state.new_hidden(i + 1)
+    for batch, room in zip(
+        hidden.split(job.calibration.batch_size), following.split(job.calibration.batch_size), strict=True
+    ):
+        room.copy_(block.forward(batch.to(job.device), observe))
+    state.keep_hidden(i + 1)
+    return statistics
+
+
+def _entry(blocks: Blocks, i: int, outcome: Outcome) -> dict[str, Any]:
+    return {
+        "group": outcome.group,
+        "names": [linear.name for linear in blocks.linears(i, outcome.group)],
+        "error_plain": outcome.error_plain,
+        "error": outcome.error,
+        "note": outcome.note,
+    }
+
+
+# ------------------------------------------------------------------ before anything runs
+
+
+def _check(blocks: Blocks, job: Job) -> list[str]:
+    """Refuse what cannot end well; names of the linears that --skip leaves."""
+    in_features, out_features, skipped = {}, {}, []
+    for i in range(len(blocks)):
+        left = skipped_groups(blocks, i, job.options.skip)
+        for group in GROUPS:
+            for linear in blocks.linears(i, group):
+                if group in left:
+                    skipped.append(linear.name)
+                else:
+                    in_features[linear.name], out_features[linear.name] = linear.num_in, linear.num_out
+    if not in_features:
+        raise ConfigError(f"--skip {' '.join(job.options.skip)} leaves nothing to quantize", "name fewer linears")
+    if job.options.skip and not skipped:
+        example = next(iter(in_features))
+        raise ConfigError(f"--skip {' '.join(job.options.skip)} names no linear", f"names are like {example}")
+    check_sizes(job.options.group_size, in_features, out_features)
+    _check_work_dir(job)
+    return skipped
+
+
+def _check_work_dir(job: Job) -> None:
+    if job.work_dir.exists() and not job.work_dir.is_dir():
+        raise ConfigError(f"--work-dir {job.work_dir} is a file", "give a folder")
+    if job.model.is_dir() and job.work_dir.resolve() == job.model.resolve():
+        raise ConfigError(f"--work-dir {job.work_dir} is the model itself", "give another folder")
+    foreign = (job.work_dir / "config.json").exists() and not (job.work_dir / QUALITY).exists()
+    if foreign:
+        raise ConfigError(f"--work-dir {job.work_dir} holds another model", "give another folder")
+
+
+def _ids(job: Job, tokenizer: Any) -> Tensor | None:
+    if not job.options.searches:
+        return None
+    return job.ids if job.ids is not None else calibration_ids(job.calibration, tokenizer)
+
+
+def _about(job: Job, ids: Tensor | None) -> dict[str, Any]:
+    """What makes this run this run, in what the report says and in the fingerprint that a resumed one must match."""
+    text = None
+    if ids is not None:
+        digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]
+        text = {"dataset": job.calibration.dataset, "samples": ids.shape[0], "seqlen": ids.shape[1], "ids": digest}
+    options = asdict(job.options) | {"skip": list(job.options.skip)}
+    fingerprint = {
+        "lmtool": __version__,
+        "model": _model_digest(job.model),
+        **options,
+        "calibration": text,
+        "batch_size": job.calibration.batch_size if ids is not None else None,
+        "device": job.device.type,
+    }
+    return {"fingerprint": fingerprint, "report": {"model": str(job.model), "calibration": text}}
+
+
+def _model_digest(model: Path) -> str:
+    """Of every file's name and size and the first and last MiB of the weights."""
+    digest = hashlib.sha256()
+    files = [model] if model.is_file() else sorted([*model.glob("*.safetensors"), *model.glob("*.json")])
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(_SAMPLED_BYTES))
+            stream.seek(max(0, size - _SAMPLED_BYTES))
+            digest.update(stream.read(_SAMPLED_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def _finished(job: Job, about: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The report of a finished run of this very command; None where there is work to do. ``--fresh`` clears the old."""
+    config = job.work_dir / "config.json"
+    if not config.exists():
+        return None
+    if job.fresh:
+        config.unlink()  # first: from here on the folder is no model
+        for file in [*job.work_dir.glob("*.safetensors"), *job.work_dir.glob("*.safetensors.index.json")]:
+            file.unlink()
+        return None
+    state = State(job.work_dir, about["fingerprint"], (0,), fresh=False)  # refuses a run with other options
+    state.drop_blocks()
+    return read_json(job.work_dir / QUALITY)
+
+
+def _stored_dtype(blocks: Blocks, options: QuantOptions) -> torch.dtype:
+    """Of norms, embedding and head: what was asked for, else the source's own half precision, else float16."""
+    if options.dtype != "auto":
+        return torch.float16 if options.dtype == "float16" else torch.bfloat16
+    name = next(iter(blocks.outer_names()))
+    return torch.bfloat16 if blocks.checkpoint.dtype(name) == "bfloat16" else torch.float16
