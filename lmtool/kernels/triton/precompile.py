@@ -6,14 +6,17 @@ shape and, by its offset, the alignment of the real one, and these are all that 
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from threading import Lock, get_ident
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from triton import knobs
+from triton.runtime.cache import triton_key
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -37,10 +40,13 @@ class Precompilation:
         workers = min(len(os.sched_getaffinity(0)), _MAX_WORKERS)
         device = driver.active.get_current_device()
         self._pool = ThreadPoolExecutor(workers, "compile", _choose, (device,))
+        # the disk's cache is addressed by a hash of Triton itself, half a gigabyte: every kernel would wait for it
+        self._key = self._pool.submit(triton_key)
         self._begun = self._pool.submit(self._begin, rehearse)
 
     def _begin(self, rehearse: Callable[[], None]) -> dict[Future[None], str]:
         found = collect(rehearse)
+        self._key.result()
         return {self._pool.submit(_compile, *variant): name for (_, name, _), variant in found.items()}
 
     def wait(self, progress: Callable[[int, int], None] | None = None) -> None:
@@ -71,9 +77,29 @@ class Precompilation:
 def collect(rehearse: Callable[[], None]) -> Variants:
     """What the launches in ``rehearse``, all on meta tensors, would compile; nothing is compiled or launched."""
     variants: Variants = {}
-    with _collecting, _compile_only(variants):
+    with _collecting, _compile_only(variants), _ShapesOnly():
         rehearse()
     return variants
+
+
+def _meta(like: Tensor, shape: Sequence[int]) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device)
+
+
+class _ShapesOnly(TorchFunctionMode):
+    """torch computes these shapes in Python that first imports a compiler: two seconds that loading would wait for."""
+
+    _SHAPES: ClassVar[dict[Any, Callable[..., Tensor]]] = {
+        torch.empty_like: lambda x, **_: _meta(x, x.shape),
+        torch.nn.functional.embedding: lambda ids, table, **_: _meta(table, (*ids.shape, table.shape[1])),
+        torch.nn.functional.linear: lambda x, weight, bias=None: _meta(x, (*x.shape[:-1], weight.shape[0])),
+        Tensor.addmm_: lambda total, *_: total,
+    }
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self._SHAPES.get(func, func)(*args, **(kwargs or {}))
 
 
 def _refusal(kernel: str, error: BaseException) -> Exception:
