@@ -18,8 +18,18 @@ from lmtool.bench.workloads import Prompt, Workload
 from lmtool.checkpoint.formats import open_checkpoint
 from lmtool.config import EngineConfig, GenerationConfig
 from lmtool.engine.core import EngineCore
+from lmtool.engine.graphs import StartProgress
 from lmtool.engine.sequence import Request
-from lmtool.engine.setup import LoadedEngine, build_core, choose_device, choose_dtype, free_bytes, load_engine
+from lmtool.engine.setup import (
+    LoadedEngine,
+    build_core,
+    choose_device,
+    choose_dtype,
+    compile_steps,
+    free_bytes,
+    load_engine,
+    memory_short,
+)
 from lmtool.errors import ConfigError, EngineError, MemoryShortError
 from lmtool.models.config import ModelConfig
 from lmtool.models.loader import read_model_config
@@ -55,7 +65,7 @@ class Result:
 
 
 # ---------------------------------------------------------------------- an engine to measure
-def load_random(model: ModelConfig, config: EngineConfig) -> LoadedEngine:
+def load_random(model: ModelConfig, config: EngineConfig, progress: StartProgress | None = None) -> LoadedEngine:
     """An engine of this shape with random weights. Raises MemoryShortError, DeviceError or ConfigError."""
     started = time.perf_counter()
     device = choose_device(config.device)
@@ -66,13 +76,23 @@ def load_random(model: ModelConfig, config: EngineConfig) -> LoadedEngine:
             f"the weights need {needed / _GIB:.1f} GiB on {device}, {free / _GIB:.1f} GiB are free",
             "give a smaller --shape",
         )
-    decoder = random_decoder(model, dtype=dtype, device=device, num_positions=config.session_len or model.max_positions)
-    core, plan = build_core(decoder, config)
+    few_layers = replace(model, num_layers=min(2, model.num_layers))
+    outline = random_decoder(few_layers, dtype=dtype, device=torch.device("meta"), num_positions=1)
+    compiling = compile_steps(outline, config, device)
+    num_positions = config.session_len or model.max_positions
+    with memory_short(f"the weights ({needed / _GIB:.1f} GiB) did not fit on {device}", "give a smaller --shape"):
+        decoder = random_decoder(model, dtype=dtype, device=device, num_positions=num_positions)
+    core, plan = build_core(decoder, config, progress, compiling)
     weights = str(dtype).removeprefix("torch.")
     return LoadedEngine(core, model, plan, device, weights, {}, time.perf_counter() - started)
 
 
-def load(source: Path | ModelConfig, config: EngineConfig, workloads: Sequence[Workload]) -> LoadedEngine:
+def load(
+    source: Path | ModelConfig,
+    config: EngineConfig,
+    workloads: Sequence[Workload],
+    progress: StartProgress | None = None,
+) -> LoadedEngine:
     """A checkpoint, or a shape with random weights; its context just holds the workloads' longest request.
 
     Raises ConfigError where a checkpoint's context is shorter than that.
@@ -80,9 +100,9 @@ def load(source: Path | ModelConfig, config: EngineConfig, workloads: Sequence[W
     longest = max(workloads, key=lambda workload: workload.longest)
     config = replace(config, session_len=longest.longest, prefix_caching=wants_prefix_cache(workloads))
     if isinstance(source, ModelConfig):
-        return load_random(source, config)
+        return load_random(source, config, progress)
     _check_context(source, longest)
-    return load_engine(source, config)
+    return load_engine(source, config, progress)
 
 
 def _check_context(path: Path, longest: Workload) -> None:

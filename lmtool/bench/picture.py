@@ -17,6 +17,9 @@ def draw(report: Report, path: Path) -> None:
     """Write the picture. Raises InputError where no figure of the report has a limit beside it."""
     from matplotlib.figure import Figure
 
+    if any(result.get("requests") for result in report.results):
+        _draw_requests(report, path)
+        return
     shares = _shares(report)
     if not shares:
         raise InputError("nothing in the report stands beside a limit", "--png needs a run of `lmtool bench`")
@@ -93,3 +96,28 @@ def _draw_roofline(axes: Any, points: Sequence[tuple[str, float, float]], limits
     axes.set_title(
         f"read {read / 1e9:,.0f} GB/s · {limits['matmul_dtype']} matmul {peak / 1e12:,.1f} TFLOP/s", fontsize=10
     )
+
+
+# ---------------------------------------------------------------------- a server's answers
+def _draw_requests(report: Report, path: Path) -> None:
+    """Which share of the requests was at least so fast, and how many tokens each got."""
+    from matplotlib.figure import Figure
+
+    result = report.results[0]
+    rows = sorted(result["requests"], key=lambda row: row["sent_s"])
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    figure.suptitle(f"{report.model} · {report.engine}\n{result['name']}", fontsize=10)
+    shares, times = figure.subplots(1, 2)
+    for name, label in (("time_to_first_token_s", "first token"), ("end_to_end_s", "end to end")):
+        values = sorted(row[name] * 1e3 for row in rows)
+        shares.step(values, [(i + 1) / len(values) * 100 for i in range(len(values))], label=label, where="post")
+        times.scatter([row["sent_s"] for row in rows], [row[name] * 1e3 for row in rows], s=8, label=label)
+    shares.set_xscale("log")
+    shares.set_xlabel("ms")
+    shares.set_ylabel("requests that took no longer, %")
+    times.set_xlabel("sent, s after the first")
+    times.set_ylabel("ms")
+    for axes in (shares, times):
+        axes.legend(fontsize=8)
+        axes.grid(alpha=0.3)
+    figure.savefig(path, format="png", dpi=120)

@@ -16,7 +16,7 @@ from lmtool import __version__
 from lmtool.bench.compare import Comparison
 from lmtool.bench.limits import Limits
 from lmtool.bench.offline import Result
-from lmtool.bench.tables import kernels_table, make_table, number, tuned_table
+from lmtool.bench.tables import kernels_table, make_table, number, show_online, tuned_table
 from lmtool.errors import InputError
 
 FORMAT = "lmtool-bench/1"
@@ -58,7 +58,7 @@ class Report:
 def make_report(
     model: str,
     weights: str,
-    limits: Limits,
+    limits: Limits | None,
     settings: dict[str, Any],
     results: Sequence[Result] = (),
     comparisons: Sequence[Comparison] = (),
@@ -68,11 +68,11 @@ def make_report(
         engine=f"lmtool {__version__}",
         model=model,
         weights=weights,
-        device=limits.device,
+        device=limits.device if limits else "",
         commit=_commit(),
         versions=_versions(),
         settings=settings,
-        limits=asdict(limits),
+        limits=asdict(limits) if limits else {},
         results=[asdict(result) for result in results],
         comparisons=[asdict(comparison) for comparison in comparisons],
     )
@@ -143,12 +143,15 @@ def _problem(values: dict[str, Any]) -> str | None:
 # ---------------------------------------------------------------------- tables
 def show(report: Report, console: Console) -> None:
     """Everything in a report, as tables."""
-    title = f"{report.model} · {report.weights} · {report.device} · {report.engine} {report.commit or ''}".rstrip()
-    console.print(title, markup=False, highlight=False)
+    parts = report.model, report.weights, report.device, f"{report.engine} {report.commit or ''}".rstrip()
+    console.print(" · ".join(part for part in parts if part), markup=False, highlight=False)
     if report.limits:
         show_limits(report.limits, console)
     if report.results:
-        console.print(_table_of(report))
+        if "failures" in report.results[0]:
+            show_online(report.results[0], console)
+        else:
+            console.print(_table_of(report))
     if report.comparisons:
         console.print(_comparison_table(report.comparisons))
 

@@ -80,7 +80,9 @@ def run_offline(plan: Plan, config: EngineConfig, *, json_file: str | None = Non
     with notices.status("measuring this machine") as status:
         measured = limits.measure(device)
         status.update("loading")
-        loaded = offline.load(source, config, wanted)
+        loaded = offline.load(
+            source, config, wanted, lambda what, done, total: status.update(f"{what}: {done} of {total}")
+        )
         try:
             report = _measure(plan, config, source, loaded, measured, wanted, status.update)
         finally:

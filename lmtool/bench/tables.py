@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 
@@ -66,3 +67,51 @@ def kernels_table(results: Sequence[dict[str, Any]]) -> Table:
             f"{library['median'] / time['median']:.2f}×" if library else "",
         )
     return table
+
+
+_TIMES = {
+    "time_to_first_token_s": "first token (TTFT)",
+    "time_per_output_token_s": "a later token (TPOT)",
+    "inter_token_latency_s": "between texts (ITL)",
+    "end_to_end_s": "end to end",
+}
+_BUSY_CLIENT = 0.7  # of one core, from which on the client's own time may be in the figures
+
+
+def show_online(result: dict[str, Any], console: Console) -> None:
+    """Of `bench online`: rates, times in ms, and whatever went wrong, with how often."""
+    metrics = result["metrics"]
+    table = make_table(f"{result['name']}, ms", "mean", "p50", "p90", "p99")
+    for name, label in _TIMES.items():
+        if name in metrics:
+            table.add_row(label, *(scaled(metrics[name], 1e3, key) for key in ("mean", "median", "p90", "p99")))
+    if table.rows:
+        console.print(table)
+    for line in _online_lines(result):
+        console.print(line, markup=False, highlight=False)
+
+
+def _online_lines(result: dict[str, Any]) -> list[str]:
+    metrics, prompt_tokens = result["metrics"], result["num_prompt_tokens"]
+    total = f", {scaled(metrics['total_tokens_per_s'], 1)} with prompts" if "total_tokens_per_s" in metrics else ""
+    lines = [
+        f"{result['num_answered']} of {result['num_requests']} requests answered in {result['duration_s']:.2f} s:"
+        f" {scaled(metrics['requests_per_s'], 1)} requests/s,"
+        f" {scaled(metrics['output_tokens_per_s'], 1)} output tokens/s{total}",
+        f"tokens: {'an unknown number' if prompt_tokens is None else f'{prompt_tokens:,}'} in,"
+        f" {result['num_generated_tokens']:,} out",
+    ]
+    if result["num_uncounted"]:
+        lines.append(
+            f"{result['num_uncounted']} answers came without the server's own count (usage):"
+            " their tokens are the pieces of text that came, which may hold several each"
+        )
+    lines += [f"failed {count} times: {cause}" for cause, count in result["failures"].items()]
+    if result["num_unfinished"]:
+        lines.append(f"interrupted: {result['num_unfinished']} requests were not sent or not finished")
+    if result["num_answered"] and result.get("client_cpu_share", 0) > _BUSY_CLIENT:
+        lines.append(
+            f"this client was busy for {result['client_cpu_share']:.0%} of the time:"
+            " the server may be faster than these figures say"
+        )
+    return lines

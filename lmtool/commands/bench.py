@@ -7,11 +7,13 @@ import typer
 
 from lmtool.commands import options
 from lmtool.commands.bench_kernels import kernels
+from lmtool.commands.bench_online import online
 from lmtool.commands.bench_options import JsonFile, Png, Seed, numbers
 from lmtool.errors import ConfigError, InputError
 
 app = typer.Typer(help="Measure the engine, beside what this machine allows.", no_args_is_help=True)
 app.command()(kernels)
+app.command()(online)
 
 Model = Annotated[
     str | None,
