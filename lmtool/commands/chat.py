@@ -141,10 +141,10 @@ def _check_combination(question: str | None, *, json: bool, show_prompt: bool, l
 
 
 def _load(source: _Source, engine: EngineConfig) -> Any:
-    """A Pipeline; while it loads, one line on stderr says so if a person may be reading it."""
-    if sys.stderr.isatty():
-        print(f"loading {source.model} …", end="", file=sys.stderr, flush=True)
-    try:
+    """A Pipeline; a person at a terminal sees how far it is."""
+    from lmtool.chat.loading import loading
+
+    with loading(source.model) as progress:
         from lmtool.engine.pipeline import pipeline
 
         return pipeline(
@@ -153,10 +153,8 @@ def _load(source: _Source, engine: EngineConfig) -> Any:
             chat_template=source.chat_template,
             revision=source.revision,
             download_dir=source.download_dir,
+            progress=progress,
         )
-    finally:
-        if sys.stderr.isatty():
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def _talk(

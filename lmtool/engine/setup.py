@@ -137,7 +137,7 @@ def _device_runner(
     compiling: "Precompilation | None",
 ) -> DeviceRunner:
     started = time.perf_counter()
-    with _memory_short(
+    with memory_short(
         f"no memory for a step on {decoder.device} beside a K/V cache of {plan.num_bytes / _GIB:.1f} GiB",
         "lower --cache-max-entry-count, --max-batch-size or --max-batched-tokens",
     ):
@@ -249,7 +249,7 @@ def _load(
             f"--session-len {config.session_len} is longer than the model's {model.max_positions} tokens",
             f"give at most {model.max_positions}",
         )
-    with _memory_short(
+    with memory_short(
         f"the weights ({needed / _GIB:.1f} GiB) did not fit on {device} ({free / _GIB:.1f} GiB were free)",
         "close what else uses the card, or use a smaller model",
     ):
@@ -265,7 +265,7 @@ def _load(
 
 
 @contextmanager
-def _memory_short(cause: str, fix: str) -> Iterator[None]:
+def memory_short(cause: str, fix: str) -> Iterator[None]:
     """Whatever says inside that the device's memory is not enough is said in our words."""
     try:
         yield

@@ -60,6 +60,7 @@ def load_decoder(
 
 def outline_decoder(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, num_layers: int = 2) -> Decoder:
     """What `load_decoder` makes, with ``num_layers`` layers, on the meta device: shapes and dtypes, and no memory."""
+    Source(checkpoint, config, family(checkpoint.config), dtype, torch.device("meta")).check_names()
     config = replace(config, num_layers=min(num_layers, config.num_layers))
     return Source(checkpoint, config, family(checkpoint.config), dtype, torch.device("meta")).decoder(num_positions=1)
 

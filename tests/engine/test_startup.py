@@ -52,12 +52,12 @@ def test_what_is_loading_is_told_as_it_goes(small: Path) -> None:
 
 @pytest.mark.parametrize("words", ["CUDA out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"])
 def test_shortage_is_said_whoever_notices_it(words: str) -> None:
-    with pytest.raises(MemoryShortError, match="^no room; use --flag$"), setup._memory_short("no room", "use --flag"):
+    with pytest.raises(MemoryShortError, match="^no room; use --flag$"), setup.memory_short("no room", "use --flag"):
         raise RuntimeError(words)
 
 
 def test_other_errors_stay_what_they_are() -> None:
-    with pytest.raises(RuntimeError, match="mat1 and mat2"), setup._memory_short("no room", "use --flag"):
+    with pytest.raises(RuntimeError, match="mat1 and mat2"), setup.memory_short("no room", "use --flag"):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
 
