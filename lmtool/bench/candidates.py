@@ -15,7 +15,7 @@ from lmtool.kernels.triton.tuning import RowConfig, TileConfig
 BUCKETS = (1, 16, 32, 64)  # rows that share a configuration: up to so many
 COUNT = 32  # candidates of a bucket in the first round
 
-_TILES_N, _TILES_K, _TILE_WARPS = (32, 64, 128), (64, 128, 256), (4, 8)
+_TILES_N, _TILES_K, _TILE_WARPS = (16, 32, 64, 128), (64, 128, 256), (4, 8)
 _STAGES, _SPLITS = range(2, 9), (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
 _ROWS_N, _ROWS_K, _ROW_WARPS = (1, 2, 4, 8), (256, 512, 1024, 2048, 4096, 8192, 16384), (1, 2, 4, 8, 16)
 
@@ -61,7 +61,7 @@ def tile_candidates(product: Product, num_rows: int, card: Card) -> list[TileCon
 
 
 def neighbours(best: Sequence[TileConfig], product: Product, num_rows: int, card: Card) -> list[TileConfig]:
-    """What differs from one of ``best`` in one step of its stages, its split or its warps, and fits."""
+    """What differs from one of ``best`` in one step of its stages, split or warps, or in its operands' order; fits."""
     possible = set(_tiles(product, num_rows, card))
     found: list[TileConfig] = []
     for config in best:
@@ -69,7 +69,9 @@ def neighbours(best: Sequence[TileConfig], product: Product, num_rows: int, card
         near = [config._replace(num_stages=config.num_stages + step) for step in (-3, -2, -1, 1, 2)]
         near += [config._replace(split=split) for split in _SPLITS[max(0, i - 1) : i + 2]]
         near += [config._replace(num_warps=12 - config.num_warps)]  # 4 for 8, 8 for 4
-        found += [other for other in near if other in possible and other not in (*found, *best)]
+        near = [other for other in near if other._replace(swap=True) in possible]
+        near.append(config._replace(swap=not config.swap))
+        found += [other for other in near if other not in (*found, *best)]
     return found
 
 
@@ -79,7 +81,7 @@ def fitting(configs: Iterable[TileConfig], product: Product, num_rows: int, card
     found: list[TileConfig] = []
     for config in configs:
         stages = range(config.num_stages, 1, -1)
-        fits = (other for other in (config._replace(num_stages=n) for n in stages) if other in possible)
+        fits = (config._replace(num_stages=n) for n in stages if config._replace(num_stages=n, swap=True) in possible)
         found += [other for other in fits if other not in found][:1]
     return found
 

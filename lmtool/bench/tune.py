@@ -18,7 +18,7 @@ from lmtool.kernels.triton import tables, tuning
 _COMPILE_S, _TIME_S, _START_S = 1.2, 0.02, 15.0  # of one candidate, roughly, and of the processes: for the plan
 _NUM_FINALISTS = 4
 _REFINED = 10  # of the first bucket's best, tried in a larger one
-_NUM_CENTRES, _NUM_NEIGHBOURS = 4, 24  # so many of the best have about so many neighbours
+_NUM_CENTRES, _NUM_NEIGHBOURS = 4, 28  # so many of the best have about so many neighbours
 _LEAST_GAIN = 0.002  # of a whole step: a smaller one is noise, and nothing is changed for it
 
 Config = Any  # RowConfig or TileConfig

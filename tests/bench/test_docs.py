@@ -4,6 +4,8 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+from lmtool import cli
+from lmtool.bench.kernel_cases import GROUPS
 from lmtool.bench.report import Report, read_report
 from lmtool.bench.shapes import SHAPES
 from lmtool.bench.workloads import MIXES
@@ -14,6 +16,32 @@ DOCS = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text(encoding
 def test_every_name_is_described() -> None:
     names = [*MIXES, *SHAPES, *(field.name for field in fields(Report))]
     assert [name for name in names if f"`{name}`" not in DOCS] == []
+
+
+def test_every_command_line_is_one_that_is_understood() -> None:
+    """Each line of the first block: its command and every option of it are there."""
+    commands = cli.build().commands["bench"].commands
+    lines = re.findall(r"^lmtool bench (\S+)(.*)$", DOCS, re.MULTILINE)
+    assert {name for name, _ in lines} == set(commands)
+    for name, rest in lines:
+        known = {flag for param in commands[name].params for flag in (*param.opts, *param.secondary_opts)}
+        for flag in re.findall(r"--[a-z-]+", rest.split("#")[0]):
+            assert flag in known, f"bench {name} {flag}"
+
+
+def test_every_option_of_the_new_commands_is_described() -> None:
+    described = set(re.findall(r"--[a-z-]+", DOCS)) | UNIVERSAL
+    for name in ("kernels", "online"):
+        for param in cli.build().commands["bench"].commands[name].params:
+            flags = {flag for flag in (*param.opts, *param.secondary_opts) if flag.startswith("--")}
+            assert not flags or flags & described, f"bench {name} {flags}"
+
+
+UNIVERSAL = {"--device", "--dtype", "--seed", "--model", "--api-key", "--verbose"}
+
+
+def test_groups_of_ops_are_described() -> None:
+    assert [group for group in GROUPS if f"`{group}`" not in DOCS] == []
 
 
 def test_the_peers_example_is_a_report(tmp_path: Path) -> None:

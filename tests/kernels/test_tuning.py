@@ -184,17 +184,15 @@ def test_the_kernels_launch_what_the_table_says(device: torch.device) -> None:
     assert launched == [odd[0].config]
 
 
-def _packaged_products() -> list[tuple[Product, int]]:
+def _packaged() -> list[tuple[Product, int]]:
+    """Each matrix and bucket of the table, with the op it is used in."""
+    sizes = {(one.num_out, one.num_in, one.paired): one for one in all_products(SHAPES.values())}
     entries = tables.read(tables.packaged_path(HOPPER), HOPPER, tuning.CONFIGS)
-    return [
-        (Product("", "norm_linear_silu" if e.key.paired else "add_linear_", e.key.num_out, e.key.num_in), e.rows or 0)
-        for e in entries
-        if e.key.kernel != "library"
-    ]
+    return [(sizes[e.key[1:4]], e.rows) for e in entries if e.key.kernel in ("rows", "tiles") and e.rows is not None]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("product", "rows"), _packaged_products(), ids=str)
+@pytest.mark.parametrize(("product", "rows"), _packaged(), ids=str)
 def test_every_packaged_configuration_is_right_every_time(product: Product, rows: int, device: torch.device) -> None:
     from lmtool.bench.trials import Case
     from lmtool.kernels.triton.launch import arch
