@@ -4,7 +4,9 @@ On a GPU the shortage is real: the card is filled first, and the process goes on
 """
 
 import gc
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from benchmarks.gpu_startup import write_checkpoint
 from lmtool.config import EngineConfig
 from lmtool.engine import setup
 from lmtool.engine.setup import LoadedEngine, load_engine
-from lmtool.errors import LmtoolError, MemoryShortError
+from lmtool.errors import MemoryShortError
 from tests.support import TINY, request, run_all
 
 # 320 MB of weights; a step over 8192 tokens needs 1 GB beside them
@@ -65,75 +67,69 @@ def test_other_errors_stay_what_they_are() -> None:
 ON_GPU: dict[str, Any] = {"device": "cuda", "dtype": "float16", "max_batch_size": 16}
 
 
-@pytest.fixture
-def little_memory() -> Iterator[None]:
-    """All but 700 MiB of the card is taken."""
+@contextmanager
+def all_taken_but(num_bytes: int) -> Iterator[None]:
+    """Of the card's memory; afterwards the process goes on, and a small model finds room and answers."""
     gc.collect()
     torch.cuda.empty_cache()
-    taken = torch.empty(torch.cuda.mem_get_info()[0] - 700 * MIB, dtype=torch.uint8, device="cuda")
+    taken = torch.empty(torch.cuda.mem_get_info()[0] - num_bytes, dtype=torch.uint8, device="cuda")
     yield
     del taken
-    torch.cuda.empty_cache()
 
 
-def check_refused(folder: Path, message: str, small: Path, **settings: Any) -> None:
-    """In one line; and then the small model still finds room and answers."""
-    with pytest.raises(LmtoolError, match=message) as caught:
+def refusal(folder: Path, **settings: Any) -> str:
+    """What is said when it is loaded: one line."""
+    with pytest.raises(MemoryShortError) as caught:
         load_engine(folder, EngineConfig(**(ON_GPU | settings)))
-    assert isinstance(caught.value, MemoryShortError)
     assert "\n" not in str(caught.value)
-    del caught
-    gc.collect()
-    loaded = load_engine(small, EngineConfig(**ON_GPU, cache_gb=0.05))
-    assert len(answers(loaded)) == 8
+    return str(caught.value)
 
 
-@pytest.mark.gpu
-def test_weights_that_cannot_fit_are_refused_before_they_are_read(
-    wide: Path, small: Path, little_memory: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    more = torch.empty(500 * MIB, dtype=torch.uint8, device="cuda")
-    check_refused(wide, r"the weights need 0\.3 GiB on cuda:0, 0\.\d GiB are free; use a smaller", small)
-    del more
-
-
-@pytest.mark.gpu
-def test_weights_that_do_not_fit_after_all(
-    wide: Path, small: Path, little_memory: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    more = torch.empty(500 * MIB, dtype=torch.uint8, device="cuda")
-    with monkeypatch.context() as patch:  # another process takes the memory between the question and the use
-        patch.setattr(setup, "free_bytes", lambda device: 8 << 30)
-        with pytest.raises(MemoryShortError, match="did not fit on cuda:0 .*; close what else uses the card"):
-            load_engine(wide, EngineConfig(**ON_GPU))
-    gc.collect()
-    assert len(answers(load_engine(small, EngineConfig(**ON_GPU, cache_gb=0.05)))) == 8
-    del more
-
-
-@pytest.mark.gpu
-def test_a_cache_that_does_not_fit_after_all(
-    wide: Path, small: Path, little_memory: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(setup, "free_bytes", lambda device: 8 << 30)
-        with pytest.raises(MemoryShortError, match="beside a K/V cache of .*; lower --cache-max-entry-count"):
-            load_engine(wide, EngineConfig(**ON_GPU))
-    gc.collect()
+def check_goes_on(small: Path) -> None:
     assert len(answers(load_engine(small, EngineConfig(**ON_GPU, cache_gb=0.05)))) == 8
 
 
 @pytest.mark.gpu
-def test_a_step_that_does_not_fit_beside_the_cache(wide: Path, small: Path, little_memory: None) -> None:
-    message = "no memory for a step on cuda:0 beside a K/V cache of .*--max-batched-tokens"
-    check_refused(wide, message, small, cache_max_entry_count=0.9)
+def test_weights_that_cannot_fit_are_refused_before_they_are_read(wide: Path, small: Path) -> None:
+    with all_taken_but(200 * MIB):
+        said = refusal(wide)
+    assert re.fullmatch(r"the weights need 0\.3 GiB on cuda:0, 0\.[12] GiB are free; use a smaller.*", said)
+    check_goes_on(small)
 
 
 @pytest.mark.gpu
-def test_nothing_is_compiled_after_the_rehearsal(wide: Path) -> None:
+@pytest.mark.parametrize(
+    ("left", "message"),
+    [
+        (200 * MIB, r"the weights .* did not fit on cuda:0 .*; close what else uses the card, or .*"),
+        (700 * MIB, r"no memory for a step on cuda:0 beside a K/V cache of .*; lower --cache-max-entry-count, .*"),
+    ],
+)
+def test_memory_that_is_gone_when_it_is_used(
+    wide: Path, small: Path, monkeypatch: pytest.MonkeyPatch, left: int, message: str
+) -> None:
+    """Another process took it between the question and the use: weights, then the cache, are not allocated."""
+    with all_taken_but(left), monkeypatch.context() as patch:
+        patch.setattr(setup, "free_bytes", lambda device: 8 << 30)
+        assert re.fullmatch(message, refusal(wide))
+    check_goes_on(small)
+
+
+@pytest.mark.gpu
+def test_a_step_that_does_not_fit_beside_the_cache(wide: Path, small: Path) -> None:
+    with all_taken_but(900 * MIB):
+        said = refusal(wide, cache_max_entry_count=0.9)
+        assert re.fullmatch("no memory for a step on cuda:0 beside a K/V cache of .*--max-batched-tokens", said)
+        gc.collect()
+        check_goes_on(small)  # in what is left: nothing of the other engine stays behind
+
+
+@pytest.mark.gpu
+def test_nothing_is_compiled_after_the_rehearsal(tmp_path: Path) -> None:
     """Specialised alike: the launches on the card use what the launches on the meta device asked for."""
     from triton import knobs
 
+    write_checkpoint(tmp_path, replace(WIDE, hidden_size=768, num_heads=12, num_kv_heads=4))  # as nobody has it
     compiled: list[str] = []
 
     def progress(what: str, done: int, total: int) -> None:
@@ -141,7 +137,7 @@ def test_nothing_is_compiled_after_the_rehearsal(wide: Path) -> None:
             knobs.runtime.jit_post_compile_hook = lambda *, fn, **_: compiled.append(fn.name)
 
     try:
-        loaded = load_engine(wide, EngineConfig(**ON_GPU, cache_gb=1.0), progress)
+        loaded = load_engine(tmp_path, EngineConfig(**ON_GPU, cache_gb=1.0), progress)
         assert len(answers(loaded)) == 8
         assert knobs.runtime.jit_post_compile_hook is not None
     finally:
