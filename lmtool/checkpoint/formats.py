@@ -104,6 +104,10 @@ def _pickle_error(path: Path) -> CheckpointError:
 
 def _refuse_folder_without_weights(folder: Path) -> None:
     files = sorted(folder.iterdir())
+    if (folder / ".state").is_dir() and not (folder / "config.json").exists():  # `quant.state` leaves it
+        raise CheckpointError(
+            f"{folder} holds an unfinished quantization", "run the same `lmtool lite auto_awq` again: it goes on"
+        )
     if not files:
         raise CheckpointError(f"{folder} is empty", "download the model into it again")
     if any(file.name.endswith((".safetensors", ".safetensors.index.json")) for file in files):

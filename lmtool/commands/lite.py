@@ -99,6 +99,45 @@ def auto_awq(
     progress.show(quality)
 
 
+@app.command()
+def calibrate(
+    model: options.Model,
+    *,
+    work_dir: WorkDir = Path("./work_dir"),
+    calib_dataset: CalibDataset = None,
+    calib_samples: CalibSamples = 64,
+    calib_seqlen: CalibSeqlen = 512,
+    batch_size: BatchSize = 4,
+    seed: Seed = 0,
+    device: Device = "auto",
+    revision: options.Revision = None,
+    download_dir: options.DownloadDir = None,
+) -> None:
+    """Save minimum, maximum and absmax of K, V and each linear's input, per layer, on calibration text."""
+    from lmtool.quant.options import CalibrationOptions
+
+    calibration = CalibrationOptions(
+        dataset=calib_dataset, samples=calib_samples, seqlen=calib_seqlen, batch_size=batch_size, seed=seed
+    )
+    if calibration.samples == 0:
+        raise ConfigError("--calib-samples is 0", "give 1 or more: there is nothing to see without text")
+    _check_dataset(calib_dataset, needed=True)
+
+    from lmtool.checkpoint.hub import resolve_model
+    from lmtool.commands.lite_progress import block_bar
+    from lmtool.engine.setup import choose_device
+    from lmtool.quant.calibrate import FOLDER
+    from lmtool.quant.calibrate import calibrate as run
+    from lmtool.quant.datasets import calibration_ids
+    from lmtool.tokenizer import load_tokenizer
+
+    source, on_device = resolve_model(model, revision=revision, download_dir=download_dir), choose_device(device)
+    ids = calibration_ids(calibration, load_tokenizer(source))
+    with block_bar("calibrating") as progress:
+        run(source, work_dir, ids, batch_size=batch_size, device=on_device, progress=progress)
+    typer.echo(f"{work_dir / FOLDER} holds key_value.safetensors and inputs.safetensors")
+
+
 def _check_dataset(dataset: str | None, needed: bool) -> None:
     if needed and dataset is None:
         raise ConfigError(

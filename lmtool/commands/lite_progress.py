@@ -1,7 +1,8 @@
 """What a user sees of a quantization: the plan, a bar with errors and time left, the table at the end."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -37,13 +38,13 @@ class QuantProgress:
         self._timed = False
 
     def __enter__(self) -> "QuantProgress":
-        self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        if self._task is not None:
+            self._bar.stop()
 
     def planned(self, plan: "Plan") -> None:
         self._plan = plan
@@ -56,6 +57,7 @@ class QuantProgress:
         )
         if plan.blocks_done:
             self._console.print(f"{plan.blocks_done} blocks are done already: going on", highlight=False)
+        self._bar.start()
         self._task = self._bar.add_task(
             "quantizing", total=plan.num_blocks, completed=plan.blocks_done, errors="first block: a dry run"
         )
@@ -93,6 +95,21 @@ class QuantProgress:
         note = f"; {len(fallbacks)} linears were rounded plainly, see lmtool-quality.json" if fallbacks else ""
         ready = f"{self._work_dir} is ready: lmtool chat {self._work_dir}{note}"
         Console().print(ready, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def block_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr that is told (blocks done, blocks in all)."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} blocks"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=Console(stderr=True),
+    )
+    task = bar.add_task(what, total=None)
+    with bar:
+        yield lambda done, count: bar.update(task, completed=done, total=count)
 
 
 def _errors(report: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """One decoder block over whole sequences, without a cache: what calibration runs, tested equal to the decoder's layer.
 
-Stages instead of one function: between them stand the four inputs of the block's matrices, which calibration reads and
-sequential rounding changes. Shapes: S sequences of L tokens, hidden states float32 [S, L, H].
+Whoever calibrates is shown the inputs of the block's matrices on the way. Shapes: S sequences of L tokens, hidden
+states float32 [S, L, H].
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from lmtool import kernels
 from lmtool.models.config import ModelConfig
 from lmtool.models.decoder import DecoderLayer
 
-# name of a linear's input, see `groups.GROUPS`; its rows [S, L, K]
+# "qkv", "o", "gate_up", "down": the input of that matrix [S, L, K]; "k", "v": what a cache would hold [S, Hkv, L, D]
 Observe = Callable[[str, Tensor], None]
 
 
@@ -30,39 +30,31 @@ class Block:
     def forward(self, hidden: Tensor, observe: Observe | None = None) -> Tensor:
         """hidden [S, L, H] → the next block's; ``observe`` is shown each input on the way."""
         see = observe or (lambda name, rows: None)
-        x = self.attention_input(hidden)
+        x = kernels.rms_norm(hidden, self.layer.attention_norm, self.config.rms_norm_eps)
         see("qkv", x)
-        x = self.attend(self.layer.qkv.linear(x))
+        q, k, v = self.split(self.layer.qkv.linear(x))
+        see("k", k)
+        see("v", v)
+        x = self.attend(q, k, v)
         see("o", x)
         hidden = hidden + self.layer.o.linear(x)
-        x = self.mlp_input(hidden)
+        x = kernels.rms_norm(hidden, self.layer.mlp_norm, self.config.rms_norm_eps)
         see("gate_up", x)
-        x = self.activate(self.layer.gate_up.linear(x))
+        x = kernels.silu_mul(self.layer.gate_up.linear(x))
         see("down", x)
         return hidden + self.layer.down.linear(x)
 
-    def attention_input(self, hidden: Tensor) -> Tensor:
-        return kernels.rms_norm(hidden, self.layer.attention_norm, self.config.rms_norm_eps)
-
-    def mlp_input(self, hidden: Tensor) -> Tensor:
-        return kernels.rms_norm(hidden, self.layer.mlp_norm, self.config.rms_norm_eps)
-
-    def activate(self, gate_up: Tensor) -> Tensor:
-        """[S, L, 2·I] → [S, L, I]."""
-        return kernels.silu_mul(gate_up)
-
-    def attend(self, qkv: Tensor) -> Tensor:
-        """qkv [S, L, (Hq + 2·Hkv) · D] → [S, L, Hq · D], each token seeing those before it in its sequence."""
-        q, k, v = self.split(qkv)
-        window = self.config.sliding_window
-        mask = _window_mask(qkv.shape[1], window, qkv.device) if 0 < window < qkv.shape[1] else None
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As `split` gives them → [S, L, Hq · D], each token seeing those before it in its sequence."""
+        length, window = q.shape[2], self.config.sliding_window
+        mask = _window_mask(length, window, q.device) if 0 < window < length else None
         attended = scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.config.head_dim**-0.5, enable_gqa=True
         )
         return attended.transpose(1, 2).flatten(2)
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q [S, Hq, L, D], rotated; k, rotated, and v [S, Hkv, L, D], as a cache would hold them."""
+        """qkv [S, L, (Hq + 2·Hkv) · D] → q [S, Hq, L, D] and k [S, Hkv, L, D], both rotated, and v [S, Hkv, L, D]."""
         num_seqs, length, _ = qkv.shape
         # a cache of S blocks of L tokens: the same op as the engine's writes it
         cache = [qkv.new_empty(self.config.num_kv_heads, num_seqs, length, self.config.head_dim) for _ in range(2)]

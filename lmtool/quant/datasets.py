@@ -31,7 +31,7 @@ def calibration_ids(options: CalibrationOptions, tokenizer: Tokenizer) -> Tensor
     if len(ids) < wanted:
         fits = len(ids) // options.seqlen
         raise ConfigError(
-            f"{options.dataset} holds {len(ids):,} tokens; {options.samples} of {options.seqlen} are {wanted:,}",
+            f"{options.dataset} holds {len(ids):,} tokens, {options.samples} of {options.seqlen} are {wanted:,}",
             f"give more text, or --calib-samples {fits}" if fits else "give more text, or a shorter --calib-seqlen",
         )
     share = len(ids) // options.samples

@@ -30,7 +30,7 @@ class CalibrationOptions:
 
     def __post_init__(self) -> None:
         _check(self.samples >= 0, "calib-samples", self.samples, "0 (plain rounding) or more")
-        _check(8 <= self.seqlen <= 1 << 20, "calib-seqlen", self.seqlen, "8 tokens or more")
+        _check(2 <= self.seqlen <= 1 << 20, "calib-seqlen", self.seqlen, "2 tokens or more")
         _check(1 <= self.batch_size <= 4096, "batch-size", self.batch_size, "1 to 4096 sequences")
         _check(0 <= self.seed < 2**63, "seed", self.seed, "a whole number from 0 to 2**63 - 1")
 

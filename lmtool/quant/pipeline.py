@@ -136,6 +136,8 @@ def _calibrate(block: Block, state: State, i: int, job: Job) -> dict[str, Statis
     statistics: dict[str, Statistics] = {}
 
     def observe(name: str, x: Tensor) -> None:
+        if name not in GROUPS:
+            return
         if name not in statistics:
             statistics[name] = Statistics(x.shape[-1], x.device)
         statistics[name].add(x)

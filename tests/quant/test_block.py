@@ -39,7 +39,8 @@ def test_every_matrixs_input_is_seen() -> None:
     seen: dict[str, tuple[int, ...]] = {}
     block = Block(decoder.layers[0], TINY, cos_sin_table(TINY.rope, 9, torch.device("cpu")))
     block.forward(torch.randn(3, 9, TINY.hidden_size), lambda name, x: seen.update({name: tuple(x.shape)}))
-    assert seen == {"qkv": (3, 9, 64), "o": (3, 9, 64), "gate_up": (3, 9, 64), "down": (3, 9, 112)}
+    inputs = {"qkv": (3, 9, 64), "o": (3, 9, 64), "gate_up": (3, 9, 64), "down": (3, 9, 112)}
+    assert seen == inputs | {"k": (3, 2, 9, 16), "v": (3, 2, 9, 16)}
 
 
 def test_the_loss_on_the_gram_matrix_is_the_loss_on_the_tokens() -> None:

@@ -1,0 +1,91 @@
+"""`lite calibrate`: what flows through a model on calibration text, for whoever chooses parameters from it later.
+
+Writes `calibration/` of a work dir: key_value.safetensors, per layer the K (rotated, as a cache holds it) and V of each
+head and dimension; inputs.safetensors, per layer the channels of each linear's input; about.json, of which text.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmtool import kernels
+from lmtool.checkpoint.formats import open_checkpoint
+from lmtool.checkpoint.writer import write_json, write_tensors
+from lmtool.layers.rotary import cos_sin_table
+from lmtool.quant.block import Block
+from lmtool.quant.groups import GROUPS
+from lmtool.quant.layers import Blocks
+
+FOLDER = "calibration"
+Progress = Callable[[int, int], None]  # blocks done, blocks in all
+
+
+class Extremes:
+    """Smallest, largest and largest absolute value seen, for each entry of the kept dimensions."""
+
+    def __init__(self) -> None:
+        self.low: Tensor | None = None
+        self.high: Tensor | None = None
+
+    def add(self, values: Tensor) -> None:
+        """values [T, ...]: seen over T."""
+        low, high = values.aminmax(dim=0)
+        self.low = low if self.low is None else torch.minimum(self.low, low)
+        self.high = high if self.high is None else torch.maximum(self.high, high)
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        assert self.low is not None
+        assert self.high is not None
+        largest = torch.maximum(self.low.abs(), self.high.abs())
+        return {f"{name}.min": self.low.cpu(), f"{name}.max": self.high.cpu(), f"{name}.absmax": largest.cpu()}
+
+
+def calibrate(
+    model: Path, work_dir: Path, ids: Tensor, *, batch_size: int, device: torch.device, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Run the model over ids [samples, seqlen] int64 and write what was seen; the content of about.json.
+
+    Raises CheckpointError for a model that cannot be read or is quantized already.
+    """
+    checkpoint = open_checkpoint(model)
+    key_value: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
+    try:
+        blocks = Blocks(checkpoint, device)
+        table = cos_sin_table(blocks.config.rope, ids.shape[1], device)
+        with torch.inference_mode(), kernels.force("reference"):
+            hidden = blocks.embed(ids.to(device)).cpu()
+            for i in range(len(blocks)):
+                seen = _run_block(Block(blocks.load(i), blocks.config, table), hidden, batch_size, device)
+                for name in ("k", "v"):
+                    key_value |= seen[name].tensors(f"layers.{i}.{name}")
+                for group in GROUPS:
+                    for linear in blocks.linears(i, group):
+                        inputs |= seen[group].tensors(linear.name)
+                if progress:
+                    progress(i + 1, len(blocks))
+    finally:
+        checkpoint.close()
+    folder = work_dir / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / "key_value.safetensors", key_value)
+    write_tensors(folder / "inputs.safetensors", {name: tensor.clone() for name, tensor in inputs.items()})
+    about = {"model": str(model), "samples": ids.shape[0], "seqlen": ids.shape[1], "layers": len(blocks)}
+    write_json(folder / "about.json", about)
+    return about
+
+
+def _run_block(block: Block, hidden: Tensor, batch_size: int, device: torch.device) -> dict[str, Extremes]:
+    """hidden [S, L, H] becomes the next block's, in place."""
+    seen = {name: Extremes() for name in (*GROUPS, "k", "v")}
+
+    def observe(name: str, x: Tensor) -> None:
+        # [S, Hkv, L, D] → [S · L, Hkv, D]; [S, L, K] → [S · L, K]
+        seen[name].add(x.transpose(1, 2).flatten(0, 1) if name in ("k", "v") else x.flatten(0, 1))
+
+    for batch in hidden.split(batch_size):
+        batch.copy_(block.forward(batch.to(device), observe))
+    return seen

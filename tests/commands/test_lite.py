@@ -1,0 +1,82 @@
+"""`lmtool lite` as it is typed: the course's lines, and what is refused in one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from lmtool import cli
+from tests.quant.models import text_file, tiny_folder
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    tiny_folder(tmp_path / "model")
+    text_file(tmp_path / "text.txt")
+    (tmp_path / "model" / "config.toml").write_text("")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def lite(line: str) -> int:
+    return cli.main(["lite", *line.split()])
+
+
+def test_the_course_s_auto_awq(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = "auto_awq --model model --w_bits 4 --w_group_size 32 --work_dir ./quant_output --calib_dataset text.txt"
+    assert lite(f"{line} --calib-samples 6 --calib-seqlen 40 --search_scale True") == 0
+    shown = capsys.readouterr()
+    assert "quant_output is ready: lmtool chat quant_output" in shown.out
+    assert "down_proj" in shown.out
+    assert "plan: 3 blocks, 240 tokens of calibration text; memory for a block" in " ".join(shown.err.split())
+    config = json.loads((here / "quant_output" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "awq"
+
+
+def test_the_course_s_calibrate_and_then_auto_awq_in_its_folder(here: Path) -> None:
+    line = "calibrate --model model --calib_dataset text.txt --calib_samples 5 --calib_seqlen 32 --work_dir out"
+    assert lite(line) == 0
+    before = load_file(here / "out" / "calibration" / "key_value.safetensors")
+    assert before["layers.2.v.absmax"].shape == (2, 16)
+    assert lite("auto-awq model --calib-samples 0 --w-group-size 32 --work-dir out") == 0
+    assert (here / "out" / "config.json").exists()
+    assert (here / "out" / "calibration" / "key_value.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("auto_awq model", "the search needs calibration text; give --calib-dataset FILE, or --calib-samples 0"),
+        (
+            "auto_awq model --w-group-size 32 --calib-dataset none.txt",
+            "--calib-dataset none.txt does not exist; give a file or a folder",
+        ),
+        ("auto_awq model --w-group-size 32 --calib-dataset model/config.toml", "is none of .txt, .md, .jsonl, .json"),
+        ("auto_awq model --calib-samples 0", "--w-group-size 128 does not divide the 64 inputs of model.layers.0"),
+        ("auto_awq model --w-bits 8", "--w-bits is 8; give 4"),
+        ("auto_awq model --w-sym", "--w-sym is True; give False"),
+        ("auto_awq model --w-group-size 48", "--w-group-size is 48; give 32, 64 or 128"),
+        ("auto_awq model --method magic", "--method is 'magic'; give one of rtn, smooth, awq, gptq, best"),
+        ("auto_awq model --skip (", "--skip '('"),
+        ("auto_awq model --dtype float32", "--dtype is 'float32'; give one of auto, float16, bfloat16"),
+        ("auto_awq model --calib-samples -1", "--calib-samples is -1; give 0 (plain rounding) or more"),
+        ("auto_awq nowhere --calib-samples 0", "'nowhere' is no folder or .gguf file here"),
+        ("calibrate model --calib-samples 0", "--calib-samples is 0; give 1 or more"),
+        ("calibrate model", "the search needs calibration text"),
+    ],
+)
+def test_refused_in_one_line(line: str, message: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert lite(line) == 2
+    shown = capsys.readouterr()
+    assert shown.err.count("\n") == 1
+    assert message in shown.err
+    assert not (here / "work_dir").exists()
+
+
+def test_an_unfinished_work_dir_is_not_taken_for_a_model(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert lite("auto_awq model --calib-samples 0 --w-group-size 32 --work-dir out") == 0
+    (here / "out" / "config.json").unlink()
+    capsys.readouterr()
+    assert lite("auto_awq out --calib-samples 0 --work-dir twice") == 2
+    assert "out holds an unfinished quantization; run the same `lmtool lite auto_awq` again" in capsys.readouterr().err
