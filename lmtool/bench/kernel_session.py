@@ -16,7 +16,7 @@ from lmtool.bench.checks import TOLERANCE, relative_error
 from lmtool.bench.kernel_cases import GROUPS, Arguments, Case, Maker, cases
 from lmtool.bench.report import Report, make_console, make_report, show
 from lmtool.bench.shapes import find_shape
-from lmtool.engine.setup import choose_device, choose_dtype, free_bytes
+from lmtool.engine.device import choose_device, choose_dtype, free_bytes
 from lmtool.errors import ConfigError, KernelError, MemoryShortError
 
 _ROTATED_BYTES = 256 << 20  # of arguments in one chain of calls: several times any card's second-level cache

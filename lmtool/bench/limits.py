@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from lmtool.engine.setup import free_bytes
+from lmtool.engine.device import free_bytes
 
 _GPU_BUFFER_BYTES = 4 << 30
 _CPU_BUFFER_BYTES = 512 << 20  # beyond any cache of today

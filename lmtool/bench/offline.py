@@ -18,18 +18,10 @@ from lmtool.bench.workloads import Prompt, Workload
 from lmtool.checkpoint.formats import open_checkpoint
 from lmtool.config import EngineConfig, GenerationConfig
 from lmtool.engine.core import EngineCore
+from lmtool.engine.device import choose_device, choose_dtype, free_bytes, memory_short
 from lmtool.engine.graphs import StartProgress
 from lmtool.engine.sequence import Request
-from lmtool.engine.setup import (
-    LoadedEngine,
-    build_core,
-    choose_device,
-    choose_dtype,
-    compile_steps,
-    free_bytes,
-    load_engine,
-    memory_short,
-)
+from lmtool.engine.setup import LoadedEngine, build_core, compile_steps, load_engine
 from lmtool.errors import ConfigError, EngineError, MemoryShortError
 from lmtool.models.config import ModelConfig
 from lmtool.models.loader import read_model_config

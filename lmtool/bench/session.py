@@ -18,7 +18,8 @@ from lmtool.bench.shapes import find_shape
 from lmtool.bench.workloads import Workload
 from lmtool.checkpoint.hub import resolve_model
 from lmtool.config import EngineConfig
-from lmtool.engine.setup import LoadedEngine, choose_device
+from lmtool.engine.device import choose_device
+from lmtool.engine.setup import LoadedEngine
 from lmtool.errors import ConfigError
 from lmtool.models.config import ModelConfig
 

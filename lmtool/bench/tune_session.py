@@ -12,7 +12,7 @@ from lmtool.bench import candidates, limits, outputs, tables
 from lmtool.bench.candidates import BUCKETS
 from lmtool.bench.report import Report, make_console, make_report
 from lmtool.bench.shapes import all_products, find_shape
-from lmtool.engine.setup import choose_device, choose_dtype
+from lmtool.engine.device import choose_device, choose_dtype
 from lmtool.errors import ConfigError, DeviceError
 from lmtool.kernels.triton import tables as tuning_tables
 from lmtool.kernels.triton import tuning

@@ -92,6 +92,7 @@ def chat(
         session_len=session_len,
         cache_gb=cache_gb,
         cache_max_entry_count=cache_max_entry_count,
+        max_batch_size=1,  # one conversation: fewer kernels to compile and one graph to capture
     )
     question = read_question(prompt, sys.stdin)
     _check_combination(question, json=json, show_prompt=show_prompt, logprobs=logprobs)

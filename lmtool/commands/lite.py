@@ -89,7 +89,7 @@ def auto_awq(
 
     from lmtool.checkpoint.hub import resolve_model
     from lmtool.commands.lite_progress import QuantProgress
-    from lmtool.engine.setup import choose_device
+    from lmtool.engine.device import choose_device
     from lmtool.quant.pipeline import Job, quantize
 
     source = resolve_model(model, revision=revision, download_dir=download_dir)
@@ -125,7 +125,7 @@ def calibrate(
 
     from lmtool.checkpoint.hub import resolve_model
     from lmtool.commands.lite_progress import block_bar
-    from lmtool.engine.setup import choose_device
+    from lmtool.engine.device import choose_device
     from lmtool.quant.calibrate import FOLDER
     from lmtool.quant.calibrate import calibrate as run
     from lmtool.quant.datasets import calibration_ids

@@ -5,8 +5,8 @@ Everything that can be refused is refused here, before the first request.
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,14 +19,14 @@ from lmtool.checkpoint.formats import Checkpoint, open_checkpoint
 from lmtool.config import EngineConfig
 from lmtool.engine.block_manager import BlockManager
 from lmtool.engine.core import EngineCore
+from lmtool.engine.device import choose_device, choose_dtype, free_bytes, memory_short
 from lmtool.engine.device_runner import DeviceRunner
 from lmtool.engine.executor import LocalExecutor
 from lmtool.engine.graphs import StartProgress
 from lmtool.engine.kv_cache import BLOCK_SIZE, CachePlan, plan_cache
 from lmtool.engine.model_runner import ModelRunner
 from lmtool.engine.scheduler import Scheduler
-from lmtool.errors import CheckpointError, ConfigError, DeviceError, MemoryShortError
-from lmtool.kernels.cpu import multiplies_bfloat16
+from lmtool.errors import CheckpointError, ConfigError, MemoryShortError
 from lmtool.models.config import ModelConfig
 from lmtool.models.decoder import Decoder
 from lmtool.models.loader import load_decoder, outline_decoder, read_model_config
@@ -36,9 +36,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _GIB = 1 << 30
-# what torch, CUDA's libraries and Triton say, each in an error of its own
-_OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-_OLDEST_CARD = (7, 5)
 _DEFAULT_BATCHED_TOKENS = {"cuda": 8192, "cpu": 512}
 _JOIN_SHARE = 32  # of the slots must be free before those who wait for one start: see Scheduler
 
@@ -137,9 +134,10 @@ def _device_runner(
     compiling: "Precompilation | None",
 ) -> DeviceRunner:
     started = time.perf_counter()
+    cache_flag = "--cache-max-entry-count" if config.cache_gb is None else "--cache-gb"
     with memory_short(
         f"no memory for a step on {decoder.device} beside a K/V cache of {plan.num_bytes / _GIB:.1f} GiB",
-        "lower --cache-max-entry-count, --max-batch-size or --max-batched-tokens",
+        f"lower {cache_flag} or --max-batch-size, in Python also max_batched_tokens",
     ):
         runner = DeviceRunner(decoder, plan, max_batch_size=config.max_batch_size)
         if compiling is not None:
@@ -151,48 +149,7 @@ def _device_runner(
     return runner
 
 
-# ---------------------------------------------------------------------- what to run on
-def choose_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"--device is {name!r}", "give cpu, cuda or cuda:N") from None
-    if device.type == "cpu":
-        return device
-    if device.type != "cuda":
-        raise ConfigError(f"--device {name} is not supported", "give cpu, cuda or cuda:N")
-    if not torch.cuda.is_available():
-        why = (
-            "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no NVIDIA GPU or driver"
-        )
-        raise DeviceError(f"--device {name}: {why}", "use --device cpu, or see `lmtool check_env`")
-    index = device.index if device.index is not None else torch.cuda.current_device()
-    if index >= torch.cuda.device_count():
-        raise DeviceError(f"--device {name}: there are {torch.cuda.device_count()} GPUs", "count from cuda:0")
-    capability = torch.cuda.get_device_capability(index)
-    if capability < _OLDEST_CARD:
-        raise DeviceError(
-            f"{torch.cuda.get_device_name(index)} has compute capability {capability[0]}.{capability[1]}",
-            "7.5 (Turing) or newer is needed; use --device cpu",
-        )
-    return torch.device("cuda", index)
-
-
-def choose_dtype(name: str, model: ModelConfig, device: torch.device) -> torch.dtype:
-    """'auto': the checkpoint's half precision on a GPU; on a CPU bfloat16 where it multiplies it, else float32."""
-    if name != "auto":
-        dtype: torch.dtype = getattr(torch, name)
-        if dtype == torch.bfloat16 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-            raise DeviceError("--dtype bfloat16 needs compute capability 8.0 or newer", "use --dtype float16")
-        return dtype
-    if device.type == "cpu":
-        return torch.bfloat16 if multiplies_bfloat16() else torch.float32
-    bfloat16 = model.dtype == "bfloat16" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.bfloat16 if bfloat16 else torch.float16
-
-
+# ---------------------------------------------------------------------- weights
 def _keeps_int4(checkpoint: Checkpoint, config: EngineConfig, device: torch.device) -> bool:
     """A GGUF's 4-bit weights are used as they are on a CPU, unless a dtype was asked for."""
     if config.dtype != "auto" or device.type != "cpu" or checkpoint.format != "gguf":
@@ -212,18 +169,6 @@ def _check_format(checkpoint: Checkpoint, config: EngineConfig) -> None:
             f"--model-format is {config.model_format!r}, {checkpoint.path} is {checkpoint.format!r}",
             "leave the flag out: the format is detected",
         )
-
-
-# ---------------------------------------------------------------------- memory
-def free_bytes(device: torch.device) -> int:
-    """Memory that an allocation on ``device`` can have now."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # what torch keeps for its next allocation is as good as free
-        return int(torch.cuda.mem_get_info(device)[0])
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise DeviceError("/proc/meminfo does not say how much memory is free", "give --cache-gb")
 
 
 def _load(
@@ -262,16 +207,3 @@ def _load(
             keep_int4=keep_int4,
             progress=partial(progress, "loading weights") if progress else None,
         )
-
-
-@contextmanager
-def memory_short(cause: str, fix: str) -> Iterator[None]:
-    """Whatever says inside that the device's memory is not enough is said in our words."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not any(words in str(error) for words in _OUT_OF_MEMORY) and not isinstance(
-            error, torch.cuda.OutOfMemoryError
-        ):
-            raise
-        raise MemoryShortError(cause, fix) from None

@@ -5,6 +5,8 @@ On a GPU the shortage is real: the card is filled first, and the process goes on
 
 import gc
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +19,7 @@ import torch
 from benchmarks.gpu_startup import write_checkpoint
 from lmtool.config import EngineConfig
 from lmtool.engine import setup
+from lmtool.engine.device import memory_short
 from lmtool.engine.setup import LoadedEngine, load_engine
 from lmtool.errors import MemoryShortError
 from tests.support import TINY, request, run_all
@@ -54,12 +57,12 @@ def test_what_is_loading_is_told_as_it_goes(small: Path) -> None:
 
 @pytest.mark.parametrize("words", ["CUDA out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"])
 def test_shortage_is_said_whoever_notices_it(words: str) -> None:
-    with pytest.raises(MemoryShortError, match="^no room; use --flag$"), setup.memory_short("no room", "use --flag"):
+    with pytest.raises(MemoryShortError, match="^no room; use --flag$"), memory_short("no room", "use --flag"):
         raise RuntimeError(words)
 
 
 def test_other_errors_stay_what_they_are() -> None:
-    with pytest.raises(RuntimeError, match="mat1 and mat2"), setup.memory_short("no room", "use --flag"):
+    with pytest.raises(RuntimeError, match="mat1 and mat2"), memory_short("no room", "use --flag"):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
 
@@ -119,9 +122,23 @@ def test_memory_that_is_gone_when_it_is_used(
 def test_a_step_that_does_not_fit_beside_the_cache(wide: Path, small: Path) -> None:
     with all_taken_but(900 * MIB):
         said = refusal(wide, cache_max_entry_count=0.9)
-        assert re.fullmatch("no memory for a step on cuda:0 beside a K/V cache of .*--max-batched-tokens", said)
+        assert re.fullmatch("no memory for a step on cuda:0 beside a K/V cache of .*max_batched_tokens", said)
         gc.collect()
         check_goes_on(small)  # in what is left: nothing of the other engine stays behind
+
+
+@pytest.mark.gpu
+def test_a_card_that_others_have_filled(small: Path) -> None:
+    """Not even a process's own context fits: the first call that needs it says so."""
+    script = (
+        "import sys; from lmtool.engine.setup import *; load_engine(Path(sys.argv[1]), EngineConfig(device='cuda'))"
+    )
+    with all_taken_but(60 * MIB):
+        run = subprocess.run([sys.executable, "-c", script, str(small)], capture_output=True, text=True, check=False)
+    said = run.stderr.splitlines()[-1]
+    assert re.search(r"(MemoryShortError|DeviceError): .*; .*(close what else uses the card|--device cpu)", said), (
+        run.stderr
+    )
 
 
 @pytest.mark.gpu
