@@ -15,7 +15,8 @@ from lmtool.kernels.triton.tuning import RowConfig, TileConfig
 BUCKETS = (1, 16, 32, 64)  # rows that share a configuration: up to so many
 COUNT = 32  # candidates of a bucket in the first round
 
-_TILES_N, _TILES_K, _TILE_WARPS = (16, 32, 64, 128), (64, 128, 256), (4, 8)
+_TILES_N, _TILES_K = (16, 32, 64, 128), (64, 128, 256)
+_TILE_WARPS = 4  # with 8, two groups that share a tile, results were wrong now and then (docs/log.md)
 _STAGES, _SPLITS = range(2, 9), (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
 _ROWS_N, _ROWS_K, _ROW_WARPS = (1, 2, 4, 8), (256, 512, 1024, 2048, 4096, 8192, 16384), (1, 2, 4, 8, 16)
 
@@ -50,9 +51,9 @@ def row_candidates(product: Product) -> list[RowConfig]:
 
 
 def tile_candidates(product: Product, num_rows: int, card: Card) -> list[TileConfig]:
-    """The likeliest for a bucket of ``num_rows`` rows, best first: four splits of a tile at most, all with 4 warps."""
+    """The likeliest for a bucket of ``num_rows`` rows, best first: four splits of a tile at most."""
     chosen: list[TileConfig] = []
-    possible = (config for config in _tiles(product, num_rows, card) if config.num_warps == _TILE_WARPS[0])
+    possible = _tiles(product, num_rows, card)
     for config in sorted(possible, key=lambda config: (tile_us(config, product, num_rows, card), config)):
         alike = [other for other in chosen if other[:3] == config[:3]]
         if len(alike) < 4 and all(other.split != config.split for other in alike):
@@ -61,14 +62,13 @@ def tile_candidates(product: Product, num_rows: int, card: Card) -> list[TileCon
 
 
 def neighbours(best: Sequence[TileConfig], product: Product, num_rows: int, card: Card) -> list[TileConfig]:
-    """What differs from one of ``best`` in one step of its stages, split or warps, or in its operands' order; fits."""
+    """What differs from one of ``best`` in one step of its stages or its split, or in its operands' order, and fits."""
     possible = set(_tiles(product, num_rows, card))
     found: list[TileConfig] = []
     for config in best:
         i = _SPLITS.index(config.split) if config.split in _SPLITS else 0
         near = [config._replace(num_stages=config.num_stages + step) for step in (-3, -2, -1, 1, 2)]
         near += [config._replace(split=split) for split in _SPLITS[max(0, i - 1) : i + 2]]
-        near += [config._replace(num_warps=12 - config.num_warps)]  # 4 for 8, 8 for 4
         near = [other for other in near if other._replace(swap=True) in possible]
         near.append(config._replace(swap=not config.swap))
         found += [other for other in near if other not in (*found, *best)]
@@ -106,12 +106,12 @@ def _row_rank(config: RowConfig, product: Product) -> float:
 # ---------------------------------------------------------------------- a few rows
 def _tiles(product: Product, num_rows: int, card: Card) -> Iterator[TileConfig]:
     halves = 2 if product.paired else 1
-    for block_n, block_k, num_warps in combinations(_TILES_N, _TILES_K, _TILE_WARPS):
+    for block_n, block_k in combinations(_TILES_N, _TILES_K):
         tiles = -(-product.num_out // block_n)
-        if block_n * num_rows * halves > _MAX_ACCUMULATORS * 32 * num_warps:
+        if block_n * num_rows * halves > _MAX_ACCUMULATORS * 32 * _TILE_WARPS:
             continue
         for num_stages, split in combinations(_STAGES, _SPLITS):
-            config = TileConfig(block_n, block_k, num_warps, num_stages, split=split)
+            config = TileConfig(block_n, block_k, _TILE_WARPS, num_stages, split=split)
             steps = -(-product.num_in // (split * block_k))
             fits = shared_bytes(config, product, num_rows) <= card.shared_bytes
             if fits and num_stages <= steps + 1 and (split == 1 or (steps >= 2 and tiles <= _SPLIT_ENDS)):

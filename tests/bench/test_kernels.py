@@ -51,7 +51,8 @@ def test_every_op_is_right_in_every_dtype(kind: str, dtype: torch.dtype) -> None
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_every_op_is_right_and_timed_on_a_card(dtype: torch.dtype, device: torch.device) -> None:
+def test_every_op_is_right_and_timed_on_a_card(dtype: torch.dtype) -> None:
+    device = torch.device("cuda")
     wanted = list(cases(_maker(dtype, device), [1, 3, 40]))
     for result in kernel_session.measure(wanted, dtype, device, LIMITS):
         assert 1e-7 < result["metrics"]["time_s"]["median"] < 1e-2, result["name"]

@@ -24,7 +24,7 @@ DOWN = Product("down", "add_linear_", 4096, 14336)
 GATE_UP = Product("gate_up", "norm_linear_silu", 14336, 4096)
 # neither is what a candidate list begins with
 SLOW = Timed(99, 999)
-BEST_TILE, BEST_ROW = TileConfig(64, 128, 8, 4, split=6), RowConfig(2, 1024, 2)
+BEST_TILE, BEST_ROW = TileConfig(64, 128, 4, 4, swap=False, split=6), RowConfig(2, 1024, 2)
 
 
 class FakeTrials:
