@@ -26,7 +26,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """One JSON file, whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -15,7 +15,7 @@ from lmtool.quant.grid import grid_of, rounded
 
 NUM_POINTS = 20
 # a loss over this many rows ranks the candidates as well as one over all
-MOST_ROWS = 512
+MOST_ROWS = 128
 _SMALLEST = 1e-4
 
 

@@ -4,47 +4,64 @@ Columns go in the order of their Gram diagonal (act-order), each on the grid of 
 file stays in the natural order and needs no g_idx.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from lmtool.quant.grid import LEVELS, Codes, Grid
 
-DAMPING = 0.01  # of the mean diagonal
+# by how much correlations between inputs are taken to be smaller than the calibration text shows them
+SHRINKAGE = 0.05
 _PANEL = 64  # columns whose errors are spread at once over all later ones
 
 
-def gptq(weight: Tensor, gram: Tensor, grid: Grid, damping: float = DAMPING) -> Codes:
-    """weight float32 [N, K], gram [K, K], grid [N, K/g]. Raises LinAlgError where gram is no Gram matrix."""
-    num_in = weight.shape[1]
-    group_size = num_in // grid.group_count
-    order = torch.argsort(gram.diagonal(), descending=True)
-    factor = inverse_factor(gram[order][:, order], damping)
-    groups = order // group_size
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """How an error in one column is made good by later ones. order int64 [K]; upper [K, K] in that order.
+
+    upper is the Cholesky factor of the inverse of (1 - λ) G + λ diag(G). Damping by the diagonal itself, not by its
+    mean as in the paper: it is blind to the scale of the inputs, so one factor serves every scale that is tried.
+    """
+
+    order: Tensor
+    upper: Tensor
+
+    @classmethod
+    def of(cls, gram: Tensor, shrinkage: float = SHRINKAGE) -> "Feedback":
+        """gram [K, K]. Raises torch's LinAlgError where it is no Gram matrix."""
+        order = torch.argsort(gram.diagonal(), descending=True)
+        shrunk = gram[order][:, order] * (1 - shrinkage)
+        diagonal = gram.diagonal()[order]
+        diagonal = torch.where(diagonal == 0, 1.0, diagonal)  # inputs that never were
+        shrunk.diagonal().copy_(diagonal)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(shrunk))
+        return cls(order, torch.linalg.cholesky(inverse, upper=True))
+
+    def scaled(self, scale: Tensor) -> "Feedback":
+        """For the same inputs, each divided by its ``scale`` [K]."""
+        return Feedback(self.order, self.upper * scale[self.order])
+
+
+def gptq(weight: Tensor, feedback: Feedback, grid: Grid) -> Codes:
+    """weight float32 [N, K], grid [N, K/g]."""
+    num_in, order = weight.shape[1], feedback.order
+    groups = order // (num_in // grid.group_count)
     # one row a column, so that each step reads and writes memory in a row
     left = weight.t()[order].contiguous()
     scale, zero = grid.scale.t()[groups].contiguous(), grid.zero.t()[groups].contiguous()
     codes = torch.empty_like(left)
     for first in range(0, num_in, _PANEL):
         last = min(first + _PANEL, num_in)
-        errors = _round_panel(left, codes, scale, zero, factor, first, last)
-        left[last:].addmm_(factor[first:last, last:].t(), errors, alpha=-1)
+        errors = _round_panel(left, codes, scale, zero, feedback.upper, first, last)
+        left[last:].addmm_(feedback.upper[first:last, last:].t(), errors, alpha=-1)
     natural = torch.empty_like(codes)
     natural[order] = codes
     return Codes(natural.t().to(torch.uint8).contiguous(), grid.scale.half(), grid.zero.to(torch.uint8))
 
 
-def inverse_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
-    """Upper Cholesky factor of (gram + damping · mean diagonal)⁻¹."""
-    damped = gram.clone()
-    diagonal = damped.diagonal()
-    diagonal += damping * diagonal.mean()
-    diagonal[diagonal == 0] = 1.0  # a gram of zeros: inputs that never were
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True)
-
-
 def _round_panel(
-    left: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, factor: Tensor, first: int, last: int
+    left: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, upper: Tensor, first: int, last: int
 ) -> Tensor:
     """Round columns first:last (rows of ``left``), spread their errors among themselves; errors [last - first, N]."""
     errors = torch.empty_like(left[first:last])
@@ -54,6 +71,6 @@ def _round_panel(
         codes[column] = code
         error = errors[column - first]
         torch.sub(values, code.sub_(zero[column]).mul_(scale[column]), out=error)
-        error /= factor[column, column]
-        left[column + 1 : last].addr_(factor[column, column + 1 : last], error, alpha=-1)
+        error /= upper[column, column]
+        left[column + 1 : last].addr_(upper[column, column + 1 : last], error, alpha=-1)
     return errors

@@ -5,6 +5,7 @@ Knows neither files nor the other blocks.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -14,13 +15,16 @@ from lmtool.models.decoder import DecoderLayer
 from lmtool.quant import groups
 from lmtool.quant.awq import search_scale, smoothing_scale
 from lmtool.quant.clip import search_grid
-from lmtool.quant.gptq import gptq
+from lmtool.quant.gptq import Feedback, gptq
 from lmtool.quant.gram import Statistics, gram_loss, is_usable
 from lmtool.quant.grid import Codes, grid_of, round_to
 
-SCALED = ("smooth", "awq", "best")
-CLIPPED = ("awq", "best")
-FED_BACK = ("gptq", "best")
+_SCALED = ("smooth", "awq", "best")
+_CLIPPED = ("awq", "best")
+_FED_BACK = ("gptq", "best")
+# how much of the found scale is tried with the whole method: clipping and feedback make good part of what it does
+_POWERS = (1.0, 0.5, 0.0)
+_MOST_TRIAL_ROWS = 192
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,52 @@ class Outcome:
     note: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """A method, and what it knows of one input."""
+
+    method: str
+    group_size: int
+    gram: Tensor
+    mean_abs: Tensor
+    feedback: Feedback | None
+
+    @classmethod
+    def of(cls, method: str, group_size: int, statistics: Statistics) -> "Rounding":
+        """Raises torch's LinAlgError where feedback is asked for and the Gram matrix cannot be factored."""
+        gram = statistics.gram
+        feedback = Feedback.of(gram) if method in _FED_BACK else None
+        return cls(method, group_size, gram, statistics.mean_abs, feedback)
+
+    def codes(self, scaled: Tensor, scale: Tensor | None) -> Codes:
+        """Round a matrix whose columns were multiplied by ``scale``."""
+        grid = grid_of(scaled, self.group_size)
+        if self.method in _CLIPPED:
+            gram = self.gram if scale is None else self.gram / scale / scale[:, None]
+            grid = search_grid(scaled, gram, self.group_size)
+        if self.feedback is None:
+            return round_to(scaled, grid)
+        return gptq(scaled, self.feedback if scale is None else self.feedback.scaled(scale), grid)
+
+    def error(self, codes: Codes, weight: Tensor, scale: Tensor | None = None) -> float:
+        """Squared error of the output, mean over tokens, summed over rows; weight: before it was scaled."""
+        back = codes.dequantize()
+        delta = (back if scale is None else back.div_(scale)).sub_(weight)
+        return float(gram_loss(delta, self.gram).sum())
+
+    def scale(self, weight: Tensor, shared_by: tuple[int, int] | None) -> Tensor | None:
+        """The scale for ``weight``, None where the method has none or none is better."""
+        if self.method not in _SCALED:
+            return None
+        if self.method == "smooth":
+            return smoothing_scale(weight, self.mean_abs, self.group_size, shared_by=shared_by)
+        found, _ = search_scale(weight, self.gram, self.mean_abs, self.group_size, shared_by=shared_by)
+        rows = weight[:: -(-weight.shape[0] // _MOST_TRIAL_ROWS)]
+        candidates = [found**power for power in _POWERS]
+        errors = [self.error(self.codes(rows * scale, scale), rows, scale) for scale in candidates]
+        return candidates[errors.index(min(errors))]
+
+
 def quantize_block(
     layer: DecoderLayer,
     config: ModelConfig,
@@ -52,63 +102,46 @@ def quantize_block(
     """Round every group that is not skipped; ``layer`` is left folded, its weights as they were rounded from.
 
     statistics: by group, {} for plain rounding; dtype: in which the norms will be stored. A group whose inputs are
-    not numbers, or whose search fails, is rounded plainly and says so.
+    not numbers, or whose Gram matrix cannot be factored, is rounded plainly and says so.
     """
     wanted = [group for group in groups.GROUPS if group not in skipped]
     if not statistics:
         return [_plainly(layer, group, group_size) for group in wanted]
-    grams = {group: statistics[group].gram for group in wanted}
-    notes = {group: "" if is_usable(grams[group]) else "its inputs are not finite" for group in wanted}
-    sound = [group for group in wanted if not notes[group]]
-    scales = {
-        group: _scale(layer, config, group, grams[group], statistics[group].mean_abs, method, group_size)
-        for group in sound
-        if method in SCALED
-    }
-    for group, scale in scales.items():
-        scales[group] = groups.fold(layer, config, group, scale, dtype)
-    outcomes = []
+    roundings: dict[str, Rounding] = {}
+    notes: dict[str, str] = {}
     for group in wanted:
-        if notes[group]:
-            outcomes.append(_plainly(layer, group, group_size, notes[group]))
+        if not is_usable(statistics[group].gram):
+            notes[group] = "its inputs are not finite"
             continue
-        outcomes.append(_rounded(layer, group, grams[group], scales.get(group), method, group_size))
-    return outcomes
+        try:
+            roundings[group] = Rounding.of(method, group_size, statistics[group])
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # torch does not list it
+            notes[group] = "the Gram matrix of its inputs cannot be factored"
+    scales: dict[str, Tensor] = {}
+    for group, rounding in roundings.items():
+        scale = rounding.scale(groups.matrix_of(layer, group).weight, groups.sharing(config, group))
+        if scale is not None:
+            scales[group] = scale
+    for group, scale in scales.items():  # after all searches: folding changes rows of another group's matrix
+        scales[group] = groups.fold(layer, config, group, scale, dtype)
+    return [
+        _plainly(layer, group, group_size, notes[group])
+        if group in notes
+        else _rounded(layer, group, roundings[group], scales.get(group))
+        for group in wanted
+    ]
 
 
-def _scale(
-    layer: DecoderLayer,
-    config: ModelConfig,
-    group: str,
-    gram: Tensor,
-    mean_abs: Tensor,
-    method: str,
-    group_size: int,
-) -> Tensor:
-    weight, shared_by = groups.matrix_of(layer, group).weight, groups.sharing(config, group)
-    if method == "smooth":
-        return smoothing_scale(weight, mean_abs, group_size, shared_by=shared_by)
-    return search_scale(weight, gram, mean_abs, group_size, shared_by=shared_by)[0]
-
-
-def _rounded(
-    layer: DecoderLayer, group: str, gram: Tensor, scale: Tensor | None, method: str, group_size: int
-) -> Outcome:
-    weight = groups.matrix_of(layer, group).weight
-    unscaled = weight if scale is None else weight / scale
-    plain = round_to(unscaled, grid_of(unscaled, group_size))
-    energy = max(float(gram_loss(unscaled, gram).sum()), 1e-30)
-    error_plain = float(gram_loss(plain.dequantize().sub_(unscaled), gram).sum()) / energy
-    if scale is not None:  # x / s is what the matrix will see
-        gram = gram / scale / scale[:, None]
-    grid = search_grid(weight, gram, group_size) if method in CLIPPED else grid_of(weight, group_size)
-    note = ""
-    try:
-        codes = gptq(weight, gram, grid) if method in FED_BACK else round_to(weight, grid)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # torch does not list it
-        codes, note = round_to(weight, grid), "its inputs' Gram matrix cannot be factored"
-    error = float(gram_loss(codes.dequantize().sub_(weight), gram).sum()) / energy
-    return Outcome(group, codes, error_plain, error, note)
+def _rounded(layer: DecoderLayer, group: str, rounding: Rounding, scale: Tensor | None) -> Outcome:
+    scaled = groups.matrix_of(layer, group).weight
+    weight = scaled if scale is None else scaled / scale
+    energy = max(float(gram_loss(weight, rounding.gram).sum()), 1e-30)
+    plain = rounding.error(round_to(weight, grid_of(weight, rounding.group_size)), weight)
+    codes = rounding.codes(scaled, scale)
+    error = rounding.error(codes, weight, scale)
+    if not isfinite(energy + plain + error):
+        return _plainly(layer, group, rounding.group_size, "its outputs are not finite")
+    return Outcome(group, codes, plain / energy, error / energy)
 
 
 def _plainly(layer: DecoderLayer, group: str, group_size: int, note: str = "") -> Outcome:

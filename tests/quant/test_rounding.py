@@ -7,7 +7,7 @@ from torch import Tensor
 from lmtool.checkpoint.packing import pack_awq, unpack_awq
 from lmtool.quant.awq import search_scale
 from lmtool.quant.clip import search_grid
-from lmtool.quant.gptq import gptq
+from lmtool.quant.gptq import Feedback, gptq
 from lmtool.quant.gram import Statistics, gram_loss
 from lmtool.quant.grid import Codes, grid_of, round_to, rounded
 from lmtool.quant.rtn import rtn
@@ -90,7 +90,7 @@ def test_the_clip_search_lowers_the_loss() -> None:
 def test_gptq_beats_plain_rounding_on_the_same_grid(num_in: int) -> None:
     statistics, weight = inputs(num_in), torch.randn(64, num_in) * 0.05
     grid = grid_of(weight, GROUP)
-    codes = gptq(weight, statistics.gram, grid)
+    codes = gptq(weight, Feedback.of(statistics.gram), grid)
     assert torch.equal(codes.scale.float(), grid.scale)
     assert loss(codes, weight, statistics.gram) < 0.6 * loss(round_to(weight, grid), weight, statistics.gram)
 
@@ -98,5 +98,18 @@ def test_gptq_beats_plain_rounding_on_the_same_grid(num_in: int) -> None:
 def test_gptq_is_plain_rounding_where_inputs_are_independent() -> None:
     weight = torch.randn(32, 64)
     grid = grid_of(weight, GROUP)
-    assert torch.equal(gptq(weight, torch.eye(64), grid).codes, round_to(weight, grid).codes)
-    assert torch.equal(gptq(weight, torch.zeros(64, 64), grid).codes, round_to(weight, grid).codes)
+    assert torch.equal(gptq(weight, Feedback.of(torch.eye(64)), grid).codes, round_to(weight, grid).codes)
+    assert torch.equal(gptq(weight, Feedback.of(torch.zeros(64, 64)), grid).codes, round_to(weight, grid).codes)
+
+
+def test_feedback_for_scaled_inputs_is_the_one_scaled() -> None:
+    gram, scale = inputs(64).gram, torch.exp(0.1 * torch.randn(64))
+    made = Feedback.of(gram / scale / scale[:, None])
+    scaled = Feedback.of(gram).scaled(scale)
+
+    def inverse(feedback: Feedback) -> Tensor:
+        natural = torch.empty_like(gram)
+        natural[feedback.order[:, None], feedback.order] = feedback.upper.t() @ feedback.upper
+        return natural
+
+    torch.testing.assert_close(inverse(scaled), inverse(made), rtol=1e-3, atol=1e-5)
