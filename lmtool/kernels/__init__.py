@@ -8,15 +8,19 @@ The K/V cache of a layer is two tensors [Hkv, NB, block_size, D]; token t of a s
 Block 0 belongs to no sequence: padded rows read and write it.
 """
 
+import torch
 from torch import Tensor
 
 from lmtool.kernels.dispatch import compile_ahead, force, implementation, is_capturable
 from lmtool.kernels.layout import DecodePlan, StepRows
+from lmtool.kernels.w4_layout import W4Tiles, pack_w4, unpack_w4
 
 __all__ = [
     "DecodePlan",
     "StepRows",
+    "W4Tiles",
     "add_linear_",
+    "add_w4_linear_",
     "advance_",
     "attention_decode",
     "attention_prefill",
@@ -27,6 +31,9 @@ __all__ = [
     "linear",
     "norm_linear",
     "norm_linear_silu",
+    "norm_w4_linear",
+    "norm_w4_linear_silu",
+    "pack_w4",
     "penalize_",
     "plan_decode",
     "rms_norm",
@@ -34,6 +41,9 @@ __all__ = [
     "sample",
     "silu_mul",
     "step_rows",
+    "unpack_w4",
+    "w4_expand",
+    "w4_linear",
 ]
 
 
@@ -65,6 +75,31 @@ def norm_linear_silu(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor)
 def add_linear_(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """residual [T, N] += x [T, K] @ weight [N, K].T (+ bias); the same tensor is returned."""
     return implementation("linear", x.device, x.dtype).add_linear_(residual, x, weight, bias)
+
+
+def w4_expand(weight: W4Tiles, dtype: torch.dtype) -> Tensor:
+    """4-bit weights → the dense matrix [N, K]; paired rows come out as gates, then ups."""
+    return implementation("w4", weight.tiles.device, dtype).w4_expand(weight, dtype)
+
+
+def w4_linear(x: Tensor, weight: W4Tiles, bias: Tensor | None = None) -> Tensor:
+    """`linear` with 4-bit weights: x [T, K] float16 or bfloat16 (float32 is expanded first) → [T, N]."""
+    return implementation("w4", x.device, x.dtype).w4_linear(x, weight, bias)
+
+
+def norm_w4_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: W4Tiles, bias: Tensor | None = None) -> Tensor:
+    """w4_linear(rms_norm(x), weight, bias): x [T, K], norm_weight [K] → [T, N]."""
+    return implementation("w4", x.device, x.dtype).norm_w4_linear(x, norm_weight, eps, weight, bias)
+
+
+def norm_w4_linear_silu(x: Tensor, norm_weight: Tensor, eps: float, weight: W4Tiles) -> Tensor:
+    """silu_mul(w4_linear(rms_norm(x), weight)): weight is paired [2·I, K] → [T, I]."""
+    return implementation("w4", x.device, x.dtype).norm_w4_linear_silu(x, norm_weight, eps, weight)
+
+
+def add_w4_linear_(residual: Tensor, x: Tensor, weight: W4Tiles, bias: Tensor | None = None) -> Tensor:
+    """residual [T, N] += w4_linear(x, weight, bias); the same tensor is returned."""
+    return implementation("w4", x.device, x.dtype).add_w4_linear_(residual, x, weight, bias)
 
 
 def rope_store(

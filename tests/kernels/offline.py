@@ -20,7 +20,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from lmtool.kernels.triton import activation, attention, launch, linear, norm, rotary, sampling
+from lmtool.kernels.triton import activation, attention, launch, linear, norm, rotary, sampling, step, w4, w4_few
+from lmtool.kernels.w4_layout import W4Tiles
 
 _TYPES = {
     torch.float16: "*fp16",
@@ -30,7 +31,7 @@ _TYPES = {
     torch.int64: "*i64",
     torch.bool: "*i1",
 }
-_OPTIONS = {"num_warps", "num_stages", "launch_pdl"}
+_OPTIONS = {"num_warps", "num_stages", "launch_pdl", "maxnreg"}
 
 
 def compile_for(capability: int, function: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -65,8 +66,8 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
 
 
-def product_loop(cubin: bytes) -> int:
-    """Instructions in the innermost loop that holds tensor-core products: one thread, one turn; 0 without such a loop.
+def product_loop(cubin: bytes) -> list[str]:
+    """The shortest loop that holds tensor-core products, instruction by instruction; [] without such a loop.
 
     In SASS a loop is a branch to an earlier address: `/*0a30*/ @P0 BRA 0x590`.
     """
@@ -78,8 +79,14 @@ def product_loop(cubin: bytes) -> int:
         if target and int(target[1], 16) < addresses[end]:
             body = [instruction for _, instruction in code[addresses.index(int(target[1], 16)) : end + 1]]
             if any("MMA" in instruction for instruction in body):
-                bodies.append(sum(not instruction.startswith("NOP") for instruction in body))
-    return min(bodies, default=0)
+                bodies.append([instruction for instruction in body if not instruction.startswith("NOP")])
+    return min(bodies, key=len, default=[])
+
+
+def straight(body: list[str]) -> list[str]:
+    """A loop's instructions up to the first branch: what every turn executes, without what some turns do at their end."""
+    branch = next(i for i, instruction in enumerate(body) if re.search(r"\bBRA\b", instruction))
+    return body[:branch]
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
@@ -93,6 +100,13 @@ def launch_linear(dtype: torch.dtype, rows: int, hidden: int, inner: int) -> Non
     linear.norm_linear(x, norm_weight, 1e-5, weight)
     linear.norm_linear_silu(x, norm_weight, 1e-5, meta(2 * inner, hidden, dtype=dtype))
     linear.add_linear_(x, meta(rows, inner, dtype=dtype), meta(hidden, inner, dtype=dtype))
+
+
+def launch_w4(dtype: torch.dtype, rows: int, num_out: int, num_in: int, group_size: int = 128) -> None:
+    x, norm_weight = meta(rows, num_in, dtype=dtype), meta(num_in, dtype=dtype)
+    words = meta(num_out // 32, num_in // 128, 512 + 32 * (128 // group_size), dtype=torch.int32)
+    w4.norm_w4_linear_silu(x, norm_weight, 1e-5, W4Tiles(words, num_out, num_in, paired=True))
+    w4.add_w4_linear_(meta(rows, num_out, dtype=dtype), x, W4Tiles(words, num_out, num_in))
 
 
 def launch_decode(dtype: torch.dtype, heads: tuple[int, int, int], batch_size: int) -> None:
@@ -133,6 +147,7 @@ def launch_each_once() -> None:
     launch_decode(torch.float16, (32, 8, 128), 4)
     launch_prefill(torch.float16, (32, 8, 128))
     for rows in (1, 16):
+        launch_w4(torch.float16, rows, 2048, 2048)
         norm_weight, weight = meta(2048), meta(2 * 8192, 2048)
         linear.norm_linear_silu(meta(rows, 2048), norm_weight, 1e-5, weight)
 
@@ -145,6 +160,14 @@ def launch_main_shapes() -> None:
     linear.linear(meta(16, 4096, dtype=torch.bfloat16), meta(4096, 4096, dtype=torch.bfloat16))
     for batch_size in (4, 16, 256):  # each has a configuration of its own
         launch_decode(torch.float16, (32, 8, 128), batch_size)
+    for rows in (1, 8, 16, 64, 128, 256):
+        launch_w4(torch.float16, rows, 4096, 4096)
+    launch_w4(torch.float16, 64, 28672, 4096)
+    launch_w4(torch.float16, 256, 28672, 4096)
+    launch_w4(torch.float16, 1, 4096, 4096, group_size=32)
+    launch_w4(torch.bfloat16, 1, 4096, 4096)
+    launch_w4(torch.bfloat16, 64, 4096, 4096)
+    w4.w4_expand(W4Tiles(meta(128, 32, 544, dtype=torch.int32), 4096, 4096), torch.float16)
     launch_decode(torch.bfloat16, (32, 8, 128), 4)
     launch_decode(torch.float16, (32, 32, 80), 4)
     launch_decode(torch.float16, (8, 1, 256), 4)
@@ -160,12 +183,16 @@ def main(capabilities: list[int]) -> None:
         found["shared"] = compiled.metadata.shared  # bytes; what is in the file leaves out what is asked for at launch
         if self is attention._decode_kernel and capability >= launch.HOPPER:
             found |= {name: kwargs[name] for name in ("D", "BLOCK_T", "num_warps")}
-            found["loop"] = product_loop(cubin)
+            found["loop"] = len(product_loop(cubin))
+        if self is w4_few.few_rows_kernel and capability >= launch.HOPPER:
+            found |= {name: kwargs[name] for name in ("NT", "GROUPS", "num_warps")}
+            turn = straight(product_loop(cubin))
+            found |= {"loop": len(turn), "conversions": sum("I2F" in instruction for instruction in turn)}
         print(json.dumps(found), flush=True)
 
     JITFunction.run = compile_instead
     for capability in capabilities:
-        for module in (launch, linear, attention):
+        for module in (launch, linear, attention, w4):
             module.arch = lambda device, capability=capability: capability
         launch_main_shapes() if capability >= launch.HOPPER else launch_each_once()
 

@@ -106,6 +106,53 @@ def max_rows(capability: int, num_out: int, num_in: int, *, paired: bool, itemsi
     return _LIBRARY_ABOVE if found is None else found.above
 
 
+class W4FewConfig(NamedTuple):
+    """Up to 16 rows: each of ``num_warps`` warps has a tile of its own; a program takes ``turns`` of them.
+
+    ``registers``: what a thread may have, 0 for no limit: one more program on a multiprocessor is worth a few spills.
+    """
+
+    num_warps: int
+    turns: int
+    registers: int
+
+
+class W4WideConfig(NamedTuple):
+    """``block_m`` rows of x and 16 · ``num_warps`` · ``high`` of the weights a program, ``split`` programs along K."""
+
+    block_m: int
+    num_warps: int
+    high: int
+    split: int
+    num_stages: int
+
+
+def w4_few_config(capability: int, num_rows: int, num_out: int, num_in: int) -> W4FewConfig:
+    """For ``num_out`` × ``num_in`` filled up to whole tiles. Programs for every slot of the card at once."""
+    num_warps = 4 if num_in % 512 == 0 else 2
+    slots = 528 * 4 // num_warps if num_rows <= 8 else 396 * 4 // num_warps  # registers leave room for no more
+    work = num_out // 32 * (num_in // 128 // num_warps)
+    turns = max(1, -(-work // slots))
+    limit = 104 if capability >= _HOPPER and num_rows <= 8 else 0
+    return W4FewConfig(num_warps, turns, limit)
+
+
+def w4_wide_config(capability: int, num_rows: int, num_out: int, num_in: int) -> W4WideConfig:
+    tall = num_out >= 16384
+    if capability < _HOPPER:
+        return W4WideConfig(64, 4, 1, 1, 2)
+    if num_rows <= 64:
+        return W4WideConfig(64, 4, 2, 1, 3) if tall else W4WideConfig(64, 4, 1, min(4, num_in // 256), 4)
+    if num_rows <= 128:
+        return W4WideConfig(128, 4, 2, 1, 3) if tall else W4WideConfig(64, 4, 2, min(4, num_in // 256), 3)
+    return W4WideConfig(256, 8, 1, 1, 3) if tall else W4WideConfig(128, 8, 1, min(2, num_in // 256), 3)
+
+
+def w4_most_rows(capability: int) -> int:
+    """Above this many rows the weights are expanded and the library multiplies."""
+    return 768 if capability >= _HOPPER else 64
+
+
 class AttentionConfig(NamedTuple):
     """``block_r`` rows (queries × the heads that share a key), ``block_t`` keys a tile.
 

@@ -1,0 +1,109 @@
+"""4-bit weights: their tiles there and back, and Triton's products against plain torch's."""
+
+import pytest
+import torch
+
+from lmtool import kernels
+from lmtool.errors import KernelError
+from lmtool.kernels.reference import w4 as reference
+from lmtool.kernels.triton import w4 as triton_w4
+from tests.kernels.support import assert_close, normal
+
+HALF = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+# (rows, out features, in features, group): one row, a few, more; in features that fill no tile; rows of tiles cut short
+SHAPES = [
+    (1, 64, 256, 128),
+    (1, 96, 1024, 32),
+    (3, 40, 192, 64),
+    (16, 64, 512, 128),
+    (1, 32, 288, 32),
+    (9, 32, 288, 32),
+    (33, 72, 320, 64),
+    (20, 160, 256, 32),
+]
+LARGE = [(rows, n, k, 128) for rows in (1, 4, 16, 17, 64, 100, 256, 300, 1000) for n, k in ((6144, 4096), (4096, 14336))]
+LARGE += [(rows, 28672, 4096, 64) for rows in (1, 8, 16, 64, 128, 256)]
+LARGE += [(rows, 896, 4864, 32) for rows in (1, 8, 16, 64, 256)]
+SHAPES += [pytest.param(*shape, marks=pytest.mark.gpu) for shape in LARGE]
+EPS = 1e-5
+
+
+def tiles(n: int, k: int, group: int, device: torch.device, *, paired: bool = False) -> kernels.W4Tiles:
+    codes = torch.randint(0, 16, (n, k), dtype=torch.uint8)
+    # about what a layer's weights are: the product of a normal x has a variance near 1
+    scale = (torch.rand(n, k // group) + 0.5) * 0.2 * k**-0.5
+    zero = torch.randint(0, 16, (n, k // group), dtype=torch.uint8)
+    return kernels.pack_w4(codes.to(device), scale.half().to(device), zero.to(device), paired=paired)
+
+
+def loosen(k: int, dtype: torch.dtype) -> float:
+    """The reference rounds each weight to half precision, the kernels do not (few rows) or once more (many)."""
+    return 2 + k / 2048
+
+
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize(("n", "k", "group"), [(64, 256, 128), (96, 192, 64), (32, 160, 32)])
+def test_tiles_give_back_what_they_were_made_of(n, k, group, paired):
+    codes = torch.randint(0, 16, (n, k), dtype=torch.uint8)
+    scale = torch.rand(n, k // group).half()
+    zero = torch.randint(0, 16, (n, k // group), dtype=torch.uint8)
+    back = kernels.unpack_w4(kernels.pack_w4(codes, scale, zero, paired=paired))
+    for before, after in zip((codes, scale, zero), back, strict=True):
+        torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(("rows", "n", "k", "group"), SHAPES)
+class TestAgainstReference:
+    def test_linear(self, rows, n, k, group, dtype, device):
+        weight, x = tiles(n, k, group, device), normal(rows, k, dtype=dtype, device=device)
+        bias = normal(n, dtype=dtype, device=device)
+        expected = reference.w4_linear(x, weight, bias)
+        assert_close(triton_w4.w4_linear(x, weight, bias), expected, loosen=loosen(k, dtype))
+
+    def test_norm_linear(self, rows, n, k, group, dtype, device):
+        weight, x = tiles(n, k, group, device), normal(rows, k, dtype=dtype, device=device, scale=3)
+        norm_weight = normal(k, dtype=dtype, device=device)
+        expected = reference.norm_w4_linear(x, norm_weight, EPS, weight)
+        assert_close(triton_w4.norm_w4_linear(x, norm_weight, EPS, weight), expected, loosen=loosen(k, dtype))
+
+    def test_norm_linear_silu(self, rows, n, k, group, dtype, device):
+        weight = tiles(n // 32 * 32, k, group, device, paired=True)
+        x, norm_weight = normal(rows, k, dtype=dtype, device=device), normal(k, dtype=dtype, device=device)
+        expected = reference.norm_w4_linear_silu(x, norm_weight, EPS, weight)
+        actual = triton_w4.norm_w4_linear_silu(x, norm_weight, EPS, weight)
+        assert_close(actual, expected, loosen=2 * loosen(k, dtype))
+
+    def test_add_linear_writes_in_place(self, rows, n, k, group, dtype, device):
+        weight, x = tiles(n, k, group, device), normal(rows, k, dtype=dtype, device=device)
+        residual = normal(rows, n, dtype=dtype, device=device, scale=4)
+        expected = reference.add_w4_linear_(residual.clone(), x, weight)
+        returned = triton_w4.add_w4_linear_(residual, x, weight)
+        assert returned.data_ptr() == residual.data_ptr()
+        assert_close(residual, expected, loosen=2 * loosen(k, dtype))
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_expanded_weights_are_the_references_bit_for_bit(device, paired):
+    weight = tiles(96, 288, 32, device, paired=paired)
+    for dtype in (torch.float16, torch.float32):
+        actual = triton_w4.w4_expand(weight, dtype)
+        torch.testing.assert_close(actual, reference.w4_expand(weight, dtype), rtol=0, atol=0)
+
+
+def test_one_row_among_others_is_what_it_is_alone(device):
+    """Zeros of a batch's unused columns must not reach its used ones."""
+    weight, x = tiles(64, 256, 128, device), normal(5, 256, dtype=torch.float16, device=device)
+    together = triton_w4.w4_linear(x, weight)
+    for row in range(5):
+        assert_close(triton_w4.w4_linear(x[row : row + 1], weight), together[row : row + 1])
+
+
+def test_groups_that_no_kernel_takes_are_named():
+    with pytest.raises(KernelError, match="groups of"):
+        kernels.pack_w4(torch.zeros(8, 96, dtype=torch.uint8), torch.ones(8, 2), torch.zeros(8, 2, dtype=torch.uint8))
+
+
+def test_an_x_of_another_width_is_named(device):
+    with pytest.raises(KernelError, match=r"\[T, 256\], got \[1, 128\]"):
+        triton_w4.w4_linear(torch.ones(1, 128, device=device), tiles(32, 256, 128, device))
