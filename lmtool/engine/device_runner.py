@@ -27,7 +27,7 @@ from lmtool.models.decoder import Decoder
 
 _log = logging.getLogger(__name__)
 # prompt lengths that between them use every variant of the kernels
-_WARM_UP_LENGTHS = (1, 2, 8, 16, 32, 64, 512, 4096)
+_WARM_UP_LENGTHS = (1, 2, 4, 8, 16, 32, 64, 512, 4096)
 
 
 @dataclass(slots=True)
@@ -206,6 +206,7 @@ class DeviceRunner:
         On tensors of the meta device it tells `precompile` what these variants are.
         """
         longest = min(max_batched_tokens, self.plan.session_len)
+        self.launch(_prompt_of(1, repetition_penalty=2.0))  # what is asked of few has kernels of its own
         for length in (longest, *(length for length in _WARM_UP_LENGTHS if length < longest)):
             self.launch(_prompt_of(length))
         with torch.inference_mode(), torch.cuda.device(self._index):
@@ -216,8 +217,12 @@ class DeviceRunner:
             self._graphs.run_each()
 
 
-def _prompt_of(num_tokens: int) -> Batch:
+def _prompt_of(num_tokens: int, **params: float) -> Batch:
     request = Request(
-        request_id=-1, prompt_ids=(0,) * num_tokens, params=GenerationConfig(), stop_ids=frozenset(), seed=0
+        request_id=-1,
+        prompt_ids=(0,) * num_tokens,
+        params=GenerationConfig(**params),  # type: ignore[arg-type]
+        stop_ids=frozenset(),
+        seed=0,
     )
     return Batch(joins=[Join(0, request)], leaves=[0], chunks=[Chunk(0, 0, [0] * num_tokens, True)])

@@ -105,7 +105,7 @@ def test_weights_that_cannot_fit_are_refused_before_they_are_read(wide: Path, sm
     ("left", "message"),
     [
         (200 * MIB, r"the weights .* did not fit on cuda:0 .*; close what else uses the card, or .*"),
-        (700 * MIB, r"no memory for a step on cuda:0 beside a K/V cache of .*; lower --cache-max-entry-count, .*"),
+        (700 * MIB, r"no memory for a step on cuda:0 beside a K/V cache of .*; lower --cache-max-entry-count or .*"),
     ],
 )
 def test_memory_that_is_gone_when_it_is_used(
@@ -131,7 +131,8 @@ def test_a_step_that_does_not_fit_beside_the_cache(wide: Path, small: Path) -> N
 def test_a_card_that_others_have_filled(small: Path) -> None:
     """Not even a process's own context fits: the first call that needs it says so."""
     script = (
-        "import sys; from lmtool.engine.setup import *; load_engine(Path(sys.argv[1]), EngineConfig(device='cuda'))"
+        "import pathlib, sys; from lmtool.config import EngineConfig; from lmtool.engine.setup import load_engine;"
+        "load_engine(pathlib.Path(sys.argv[1]), EngineConfig(device='cuda'))"
     )
     with all_taken_but(60 * MIB):
         run = subprocess.run([sys.executable, "-c", script, str(small)], capture_output=True, text=True, check=False)
@@ -142,20 +143,33 @@ def test_a_card_that_others_have_filled(small: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_nothing_is_compiled_after_the_rehearsal(tmp_path: Path) -> None:
-    """Specialised alike: the launches on the card use what the launches on the meta device asked for."""
+@pytest.mark.parametrize(("max_batch_size", "num_heads", "num_kv_heads"), [(16, 12, 4), (16, 14, 2), (1, 10, 10)])
+def test_nothing_is_compiled_after_the_rehearsal(
+    tmp_path: Path, max_batch_size: int, num_heads: int, num_kv_heads: int
+) -> None:
+    """Neither for the first steps and graphs nor for prompts of any length beside decodes, sampled in any way.
+
+    Shapes that no other test has: what this process has compiled before would not be told.
+    """
     from triton import knobs
 
-    write_checkpoint(tmp_path, replace(WIDE, hidden_size=768, num_heads=12, num_kv_heads=4))  # as nobody has it
+    shape = {"hidden_size": 64 * num_heads, "num_heads": num_heads, "num_kv_heads": num_kv_heads, "vocab_size": 223}
+    write_checkpoint(tmp_path, replace(WIDE, **shape))  # type: ignore[arg-type]
     compiled: list[str] = []
 
     def progress(what: str, done: int, total: int) -> None:
         if what == "compiling kernels" and done == total:
-            knobs.runtime.jit_post_compile_hook = lambda *, fn, **_: compiled.append(fn.name)
+            knobs.runtime.jit_post_compile_hook = lambda *, fn, key, **_: compiled.append(f"{fn.name} {key}")
 
+    settings = [{}, {"temperature": 1.0, "top_k": 5}, {"temperature": 1.0, "top_p": 0.5}, {"repetition_penalty": 1.2}]
+    requests = [
+        request(i, range(length), max_new_tokens=3 + 5 * i, **settings[i % 4])  # type: ignore[arg-type]
+        for i, length in enumerate([1, 3, 5, 9, 17, 33, 40, 63, 65, 100, 129, 200, 2, 13])
+    ]
+    config = EngineConfig(**(ON_GPU | {"max_batch_size": max_batch_size}), cache_gb=1.0, max_batched_tokens=100)
     try:
-        loaded = load_engine(tmp_path, EngineConfig(**ON_GPU, cache_gb=1.0), progress)
-        assert len(answers(loaded)) == 8
+        loaded = load_engine(tmp_path, config, progress)
+        assert len(run_all(loaded.core, requests)) == len(requests)
         assert knobs.runtime.jit_post_compile_hook is not None
     finally:
         knobs.runtime.jit_post_compile_hook = None

@@ -11,8 +11,6 @@ import pytest
 
 from tests.kernels.test_compile import KERNELS
 
-LAUNCHED_LATER = {"_penalize_kernel"}  # for requests that ask for it
-
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
@@ -32,11 +30,11 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def test_meta_tensors_are_specialised_for_as_real_ones_are(found: Any) -> None:
     assert (found["only_meta"], found["only_cpu"]) == ([], [])
-    assert found["num_found"] > 40
+    assert found["num_found"] > 30
 
 
 def test_every_kernel_of_a_step_is_found(found: Any) -> None:
-    assert set(found["kernels"]) >= KERNELS - LAUNCHED_LATER
+    assert set(found["kernels"]) >= KERNELS
 
 
 def test_a_rehearsal_imports_no_compiler_of_torchs(found: Any) -> None:

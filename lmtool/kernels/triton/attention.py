@@ -213,7 +213,11 @@ def attention_decode(
     return out
 
 
-@triton.jit(do_not_specialize=["tokens_per_head", "table_width", "window"])
+@triton.jit(
+    do_not_specialize=["tokens_per_head", "table_width", "window"],
+    # behind decodes they begin anywhere
+    do_not_specialize_on_alignment=["block_tables_ptr", "seq_lens_ptr"],
+)
 def _prefill_kernel(
     q_ptr,
     k_cache_ptr,

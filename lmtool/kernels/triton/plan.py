@@ -9,7 +9,7 @@ from lmtool.kernels.layout import PIECE_ALIGN, DecodePlan, num_plan_items
 from lmtool.kernels.triton.launch import dependent_launch, wait_for_previous
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch_size", "window", "num_items"])
 def _plan_kernel(
     seq_lens_ptr,
     items_ptr,

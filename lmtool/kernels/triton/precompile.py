@@ -82,24 +82,37 @@ def collect(rehearse: Callable[[], None]) -> Variants:
     return variants
 
 
-def _meta(like: Tensor, shape: Sequence[int]) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device)
+def _meta(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+
+
+def _meta_like(like: Tensor, *_: Any, dtype: torch.dtype | None = None, **__: Any) -> Tensor:
+    return _meta(like, like.shape, dtype)
 
 
 class _ShapesOnly(TorchFunctionMode):
     """torch computes these shapes in Python that first imports a compiler: two seconds that loading would wait for."""
 
     _SHAPES: ClassVar[dict[Any, Callable[..., Tensor]]] = {
-        torch.empty_like: lambda x, **_: _meta(x, x.shape),
+        torch.empty_like: _meta_like,
+        torch.ones_like: _meta_like,
+        Tensor.clamp_min: _meta_like,
         torch.nn.functional.embedding: lambda ids, table, **_: _meta(table, (*ids.shape, table.shape[1])),
         torch.nn.functional.linear: lambda x, weight, bias=None: _meta(x, (*x.shape[:-1], weight.shape[0])),
-        Tensor.addmm_: lambda total, *_: total,
     }
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func not in self._SHAPES and _is_in_place(func):
+            return args[0]
         return self._SHAPES.get(func, func)(*args, **(kwargs or {}))
+
+
+def _is_in_place(func: Any) -> bool:
+    """Tensor.add_ and its like; none of them changes a shape."""
+    name = getattr(func, "__name__", "")
+    return name.endswith("_") and not name.endswith("__") and getattr(Tensor, name, None) is func
 
 
 def _refusal(kernel: str, error: BaseException) -> Exception:

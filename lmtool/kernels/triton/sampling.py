@@ -27,9 +27,11 @@ _NUM_ROUNDS = 2  # each makes the interval 17 times narrower
 _FEW_PROGRAMS = 1024
 # a row's interval: low, high, the weight of what reaches high, the largest logit, the sum of exps (the largest has one)
 _STATE = 5
+# one number a row out of an array that lies anywhere: a variant of every kernel for each place would gain nothing
+_SETTINGS = ["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "seeds_ptr", "steps_ptr"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_SETTINGS)
 def _scan_kernel(
     logits_ptr,
     temperature_ptr,
@@ -123,7 +125,7 @@ def _is_restricted(row, top_k_ptr, top_p_ptr, min_p_ptr, V):
     return ((top_k > 0) & (top_k < V)) | (tl.load(top_p_ptr + row) < 1) | (tl.load(min_p_ptr + row) > 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_SETTINGS)
 def _narrow_kernel(
     logits_ptr,
     temperature_ptr,
@@ -177,7 +179,7 @@ def _narrow_kernel(
         _store_state(state_ptr, row, low, high, beyond)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_SETTINGS)
 def _gather_kernel(
     logits_ptr,
     temperature_ptr,
@@ -258,7 +260,7 @@ def _floor(row, min_p_ptr, row_max, temperature):
     return floor
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_SETTINGS)
 def _choose_kernel(
     logits_ptr,
     temperature_ptr,
