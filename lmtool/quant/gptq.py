@@ -21,7 +21,7 @@ class Feedback:
     """How an error in one column is made good by later ones. order int64 [K]; upper [K, K] in that order.
 
     upper is the Cholesky factor of the inverse of (1 - λ) G + λ diag(G). Damping by the diagonal itself, not by its
-    mean as in the paper: it is blind to the scale of the inputs, so one factor serves every scale that is tried.
+    mean as in the paper: AWQ's scale of the inputs then changes nothing, and one factor serves every scale.
     """
 
     order: Tensor
@@ -38,22 +38,23 @@ class Feedback:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(shrunk))
         return cls(order, torch.linalg.cholesky(inverse, upper=True))
 
-    def scaled(self, scale: Tensor) -> "Feedback":
-        """For the same inputs, each divided by its ``scale`` [K]."""
-        return Feedback(self.order, self.upper * scale[self.order])
 
+def gptq(weight: Tensor, feedback: Feedback, grid: Grid, scale: Tensor | None = None) -> Codes:
+    """Codes of weight · scale on ``grid`` [N, K/g]; weight float32 [N, K], scale [K], or [N, K] for several at once.
 
-def gptq(weight: Tensor, feedback: Feedback, grid: Grid) -> Codes:
-    """weight float32 [N, K], grid [N, K/g]."""
+    The arithmetic is that of the weights before they were scaled: there all scales share one feedback.
+    """
     num_in, order = weight.shape[1], feedback.order
     groups = order // (num_in // grid.group_count)
     # one row a column, so that each step reads and writes memory in a row
     left = weight.t()[order].contiguous()
-    scale, zero = grid.scale.t()[groups].contiguous(), grid.zero.t()[groups].contiguous()
+    step, zero = grid.scale.t()[groups].contiguous(), grid.zero.t()[groups].contiguous()
+    if scale is not None:
+        step /= scale[order][:, None] if scale.ndim == 1 else scale.t()[order]
     codes = torch.empty_like(left)
     for first in range(0, num_in, _PANEL):
         last = min(first + _PANEL, num_in)
-        errors = _round_panel(left, codes, scale, zero, feedback.upper, first, last)
+        errors = _round_panel(left, codes, step, zero, feedback.upper, first, last)
         left[last:].addmm_(feedback.upper[first:last, last:].t(), errors, alpha=-1)
     natural = torch.empty_like(codes)
     natural[order] = codes
@@ -61,16 +62,16 @@ def gptq(weight: Tensor, feedback: Feedback, grid: Grid) -> Codes:
 
 
 def _round_panel(
-    left: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, upper: Tensor, first: int, last: int
+    left: Tensor, codes: Tensor, step: Tensor, zero: Tensor, upper: Tensor, first: int, last: int
 ) -> Tensor:
     """Round columns first:last (rows of ``left``), spread their errors among themselves; errors [last - first, N]."""
     errors = torch.empty_like(left[first:last])
     for column in range(first, last):
         values = left[column]
-        code = (values / scale[column]).round_().add_(zero[column]).clamp_(0, LEVELS)
+        code = (values / step[column]).round_().add_(zero[column]).clamp_(0, LEVELS)
         codes[column] = code
         error = errors[column - first]
-        torch.sub(values, code.sub_(zero[column]).mul_(scale[column]), out=error)
+        torch.sub(values, code.sub_(zero[column]).mul_(step[column]), out=error)
         error /= upper[column, column]
         left[column + 1 : last].addr_(upper[column, column + 1 : last], error, alpha=-1)
     return errors

@@ -17,14 +17,14 @@ from lmtool.quant.awq import search_scale, smoothing_scale
 from lmtool.quant.clip import search_grid
 from lmtool.quant.gptq import Feedback, gptq
 from lmtool.quant.gram import Statistics, gram_loss, is_usable
-from lmtool.quant.grid import Codes, grid_of, round_to
+from lmtool.quant.grid import Codes, Grid, grid_of, round_to
 
 _SCALED = ("smooth", "awq", "best")
 _CLIPPED = ("awq", "best")
 _FED_BACK = ("gptq", "best")
 # how much of the found scale is tried with the whole method: clipping and feedback make good part of what it does
 _POWERS = (1.0, 0.5, 0.0)
-_MOST_TRIAL_ROWS = 192
+_MOST_TRIAL_ROWS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +60,19 @@ class Rounding:
         feedback = Feedback.of(gram) if method in _FED_BACK else None
         return cls(method, group_size, gram, statistics.mean_abs, feedback)
 
-    def codes(self, scaled: Tensor, scale: Tensor | None) -> Codes:
-        """Round a matrix whose columns were multiplied by ``scale``."""
-        grid = grid_of(scaled, self.group_size)
-        if self.method in _CLIPPED:
-            gram = self.gram if scale is None else self.gram / scale / scale[:, None]
-            grid = search_grid(scaled, gram, self.group_size)
-        if self.feedback is None:
-            return round_to(scaled, grid)
-        return gptq(scaled, self.feedback if scale is None else self.feedback.scaled(scale), grid)
+    def codes(self, weight: Tensor, scale: Tensor | None) -> Codes:
+        """Round weight · scale."""
+        grid = self.grid(weight, scale)
+        if self.feedback is not None:
+            return gptq(weight, self.feedback, grid, scale)
+        return round_to(weight if scale is None else weight * scale, grid)
+
+    def grid(self, weight: Tensor, scale: Tensor | None) -> Grid:
+        scaled = weight if scale is None else weight * scale
+        if self.method not in _CLIPPED:
+            return grid_of(scaled, self.group_size)
+        gram = self.gram if scale is None else self.gram / scale / scale[:, None]
+        return search_grid(scaled, gram, self.group_size)
 
     def error(self, codes: Codes, weight: Tensor, scale: Tensor | None = None) -> float:
         """Squared error of the output, mean over tokens, summed over rows; weight: before it was scaled."""
@@ -85,8 +89,21 @@ class Rounding:
         found, _ = search_scale(weight, self.gram, self.mean_abs, self.group_size, shared_by=shared_by)
         rows = weight[:: -(-weight.shape[0] // _MOST_TRIAL_ROWS)]
         candidates = [found**power for power in _POWERS]
-        errors = [self.error(self.codes(rows * scale, scale), rows, scale) for scale in candidates]
+        errors = [
+            self.error(codes, rows, scale)
+            for codes, scale in zip(self._trials(rows, candidates), candidates, strict=True)
+        ]
         return candidates[errors.index(min(errors))]
+
+    def _trials(self, rows: Tensor, scales: list[Tensor]) -> list[Codes]:
+        """`codes` for each scale; with feedback all at once, for its steps cost more than its arithmetic."""
+        if self.feedback is None:
+            return [self.codes(rows, scale) for scale in scales]
+        grids = [self.grid(rows, scale) for scale in scales]
+        together = Grid(torch.cat([grid.scale for grid in grids]), torch.cat([grid.zero for grid in grids]))
+        each_row = torch.cat([scale.expand_as(rows) for scale in scales])
+        codes = gptq(rows.repeat(len(scales), 1), self.feedback, together, each_row)
+        return [codes.rows(first, first + len(rows)) for first in range(0, len(each_row), len(rows))]
 
 
 def quantize_block(
@@ -137,7 +154,7 @@ def _rounded(layer: DecoderLayer, group: str, rounding: Rounding, scale: Tensor 
     weight = scaled if scale is None else scaled / scale
     energy = max(float(gram_loss(weight, rounding.gram).sum()), 1e-30)
     plain = rounding.error(round_to(weight, grid_of(weight, rounding.group_size)), weight)
-    codes = rounding.codes(scaled, scale)
+    codes = rounding.codes(weight, scale)
     error = rounding.error(codes, weight, scale)
     if not isfinite(energy + plain + error):
         return _plainly(layer, group, rounding.group_size, "its outputs are not finite")
