@@ -57,26 +57,44 @@ class Result:
 
 
 # ---------------------------------------------------------------------- an engine to measure
-def load_random(model: ModelConfig, config: EngineConfig, progress: StartProgress | None = None) -> LoadedEngine:
-    """An engine of this shape with random weights. Raises MemoryShortError, DeviceError or ConfigError."""
+def load_random(
+    model: ModelConfig,
+    config: EngineConfig,
+    progress: StartProgress | None = None,
+    group_size: int | None = None,
+) -> LoadedEngine:
+    """An engine of this shape with random weights; group_size: 4-bit ones, in groups of so many.
+
+    Raises MemoryShortError, DeviceError or ConfigError.
+    """
     started = time.perf_counter()
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, model, device)
-    needed, free = model.num_parameters * dtype.itemsize, free_bytes(device)
+    needed, free = weight_bytes(model, dtype.itemsize, group_size), free_bytes(device)
     if needed > free:
         raise MemoryShortError(
             f"the weights need {needed / _GIB:.1f} GiB on {device}, {free / _GIB:.1f} GiB are free",
             "give a smaller --shape",
         )
     few_layers = replace(model, num_layers=min(2, model.num_layers))
-    outline = random_decoder(few_layers, dtype=dtype, device=torch.device("meta"), num_positions=1)
+    outline = random_decoder(
+        few_layers, dtype=dtype, device=torch.device("meta"), num_positions=1, group_size=group_size
+    )
     compiling = compile_steps(outline, config, device)
     num_positions = config.session_len or model.max_positions
     with memory_short(f"the weights ({needed / _GIB:.1f} GiB) did not fit on {device}", "give a smaller --shape"):
-        decoder = random_decoder(model, dtype=dtype, device=device, num_positions=num_positions)
+        decoder = random_decoder(model, dtype=dtype, device=device, num_positions=num_positions, group_size=group_size)
     core, plan = build_core(decoder, config, progress, compiling)
-    weights = str(dtype).removeprefix("torch.")
+    weights = str(dtype).removeprefix("torch.") if group_size is None else f"w4a16 g{group_size}"
     return LoadedEngine(core, model, plan, device, weights, {}, time.perf_counter() - started)
+
+
+def weight_bytes(model: ModelConfig, itemsize: int, group_size: int | None) -> int:
+    """Of all weights; 4-bit layers have four bytes more for each group."""
+    if group_size is None:
+        return model.num_parameters * itemsize
+    ends = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
+    return ends * itemsize + int((model.num_parameters - ends) * (0.5 + 4 / group_size))
 
 
 def load(

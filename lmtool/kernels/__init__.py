@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lmtool.kernels.dispatch import compile_ahead, force, implementation, is_capturable
 from lmtool.kernels.layout import DecodePlan, StepRows
-from lmtool.kernels.w4_layout import W4Tiles, pack_w4, unpack_w4
+from lmtool.kernels.w4_layout import W4Tiles, empty_w4, pack_w4, unpack_w4
 
 __all__ = [
     "DecodePlan",
@@ -25,6 +25,7 @@ __all__ = [
     "attention_decode",
     "attention_prefill",
     "compile_ahead",
+    "empty_w4",
     "force",
     "implementation",
     "is_capturable",

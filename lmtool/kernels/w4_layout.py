@@ -23,7 +23,7 @@ GROUP_SIZES = (32, 64, 128)
 class W4Tiles(NamedTuple):
     """A matrix [num_out, num_in] of w = (code - zero) · scale, 4-bit codes and zeros, float16 scales.
 
-    tiles   int32 [⌈num_out / 32⌉, in tiles, 512 + 32 · groups]; word ((8R + 4h + g) · 4 + t) · 4 + 2q + e … see `pack_w4`
+    tiles   int32 [⌈num_out / 32⌉, 2 · ⌈num_in / 256⌉, 512 + 32 · groups]: `pack_w4` says what stands where
     paired  rows stand as eight gates, eight ups, eight gates, …: the two products of a gated MLP meet in one thread
     """
 
@@ -44,6 +44,13 @@ class W4Tiles(NamedTuple):
     @property
     def padded_in(self) -> int:
         return self.tiles.shape[1] * TILE_K
+
+
+def empty_w4(num_out: int, num_in: int, group_size: int, device: torch.device, *, paired: bool = False) -> W4Tiles:
+    """Tiles that hold nothing yet, or on the meta device nothing ever: their shape is what kernels are compiled for."""
+    rows, columns = -(-num_out // TILE_N), -(-num_in // PAD_K) * (PAD_K // TILE_K)
+    words = WORDS + TILE_N * (TILE_K // group_size)
+    return W4Tiles(torch.empty((rows, columns, words), dtype=torch.int32, device=device), num_out, num_in, paired)
 
 
 def pack_w4(codes: Tensor, scale: Tensor, zero: Tensor, *, paired: bool = False) -> W4Tiles:

@@ -1,6 +1,7 @@
 """How a matrix is stored. A matrix of the decoder is one of these; the decoder never learns which.
 
-`Dense` holds numbers; `Int4Cpu` holds a GGUF's own 4-bit codes in torch's packed form. Knows no names and no files.
+`Dense` holds numbers; `W4` 4-bit codes for a GPU; `Int4Cpu` 4-bit codes in torch's packed form. Knows no names and no
+files.
 """
 
 from typing import Protocol
@@ -39,6 +40,34 @@ class Dense:
 
     def add_linear_(self, residual: Tensor, x: Tensor) -> Tensor:
         return kernels.add_linear_(residual, x, self.weight, self.bias)
+
+
+class W4:
+    """4-bit codes with a scale and a zero point for each group along K, in the kernels' own tiles: for GPUs.
+
+    ``order`` [K] int64: in feature order[k] of x meets column k of the codes (GPTQ's act-order); None: as they come.
+    """
+
+    def __init__(self, tiles: kernels.W4Tiles, bias: Tensor | None = None, order: Tensor | None = None) -> None:
+        self.tiles = tiles
+        self.bias = bias
+        self._order = order
+
+    def linear(self, x: Tensor) -> Tensor:
+        return kernels.w4_linear(self._ordered(x), self.tiles, self.bias)
+
+    def norm_linear(self, x: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
+        # a norm does not mind in which order its row comes
+        return kernels.norm_w4_linear(self._ordered(x), self._ordered(norm_weight), eps, self.tiles, self.bias)
+
+    def norm_linear_silu(self, x: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
+        return kernels.norm_w4_linear_silu(self._ordered(x), self._ordered(norm_weight), eps, self.tiles)
+
+    def add_linear_(self, residual: Tensor, x: Tensor) -> Tensor:
+        return kernels.add_w4_linear_(residual, self._ordered(x), self.tiles, self.bias)
+
+    def _ordered(self, x: Tensor) -> Tensor:
+        return x if self._order is None else x.index_select(-1, self._order)
 
 
 class _CpuCodes:

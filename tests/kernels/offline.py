@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from lmtool.kernels.triton import activation, attention, launch, linear, norm, rotary, sampling, step, w4, w4_few
+from lmtool.kernels.triton import activation, attention, launch, linear, norm, rotary, sampling, w4, w4_few
 from lmtool.kernels.w4_layout import W4Tiles
 
 _TYPES = {
@@ -84,7 +84,7 @@ def product_loop(cubin: bytes) -> list[str]:
 
 
 def straight(body: list[str]) -> list[str]:
-    """A loop's instructions up to the first branch: what every turn executes, without what some turns do at their end."""
+    """A loop's instructions up to the first branch: what every turn executes, not what some turns do at their end."""
     branch = next(i for i, instruction in enumerate(body) if re.search(r"\bBRA\b", instruction))
     return body[:branch]
 

@@ -13,7 +13,9 @@ from tests.kernels.support import HOPPER, compiled
 INSTRUCTIONS_AN_ELEMENT = {80: 4.4, 128: 3.3, 256: 2.7}
 
 
-@pytest.mark.parametrize("kernel", ["_decode_kernel", "_prefill_kernel", "_row_kernel", "_tile_kernel", "_scan_kernel", "few_rows_kernel"])
+@pytest.mark.parametrize(
+    "kernel", ["_decode_kernel", "_prefill_kernel", "_row_kernel", "_tile_kernel", "_scan_kernel", "few_rows_kernel"]
+)
 def test_nothing_spills(kernel):
     found = [made for made in compiled(HOPPER) if made["kernel"] == kernel]
     assert found

@@ -21,7 +21,9 @@ SHAPES = [
     (33, 72, 320, 64),
     (20, 160, 256, 32),
 ]
-LARGE = [(rows, n, k, 128) for rows in (1, 4, 16, 17, 64, 100, 256, 300, 1000) for n, k in ((6144, 4096), (4096, 14336))]
+LARGE = [
+    (rows, n, k, 128) for rows in (1, 4, 16, 17, 64, 100, 256, 300, 1000) for n, k in ((6144, 4096), (4096, 14336))
+]
 LARGE += [(rows, 28672, 4096, 64) for rows in (1, 8, 16, 64, 128, 256)]
 LARGE += [(rows, 896, 4864, 32) for rows in (1, 8, 16, 64, 256)]
 SHAPES += [pytest.param(*shape, marks=pytest.mark.gpu) for shape in LARGE]

@@ -37,7 +37,7 @@ def _number(text):
 
 @triton.jit
 def codes(w, J: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr):
-    """Codes j of the words, to be multiplied with x as they are; those of an odd j are 16 times too large in float16."""
+    """Codes j of the words as numbers; in float16 those of an odd j are 16 times the others."""
     if dtype == tl.bfloat16:
         out = halves_of(w >> (4 * J), "0x000f000f", "0x43004300", dtype, ASM)
     elif J % 2 == 0:
