@@ -63,10 +63,10 @@ def random_decoder(
 
 
 def fill_w4_(weight: kernels.W4Tiles, generator: torch.Generator) -> None:
-    """Random codes; scales and zero points that make weights of about N(0, 0.02²), which span about 6 deviations."""
+    """Random codes, whose deviation is 4.6; scales and zero points that make it 0.02."""
     device = weight.tiles.device
     words, meta = weight.tiles.split((WORDS, weight.tiles.shape[2] - WORDS), dim=2)
     words.random_(-(1 << 31), 1 << 31, generator=generator)
-    scale = torch.empty(meta.shape, device=device).uniform_(0.8, 1.2, generator=generator).mul_(6 * _STD / 15)
+    scale = torch.empty(meta.shape, device=device).uniform_(0.8, 1.2, generator=generator).mul_(_STD / 4.6)
     zero = torch.randint(5, 11, meta.shape, dtype=torch.int32, device=device, generator=generator)
     meta.copy_(scale.half().view(torch.int16).to(torch.int32) & 0xFFFF | zero << 16)
