@@ -73,4 +73,7 @@ def _into_place(partial: Path, path: Path) -> None:
     """The bytes are on the disk before the name is: a power cut leaves the old file or the new one."""
     with partial.open("rb") as file:
         os.fsync(file.fileno())
+    mask = os.umask(0)
+    os.umask(mask)
+    partial.chmod(0o666 & ~mask)  # safetensors makes files that only their owner reads
     partial.replace(path)

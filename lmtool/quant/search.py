@@ -18,6 +18,7 @@ from lmtool.quant.clip import search_grid
 from lmtool.quant.gptq import Feedback, gptq
 from lmtool.quant.gram import Statistics, gram_loss, is_usable
 from lmtool.quant.grid import Codes, Grid, grid_of, round_to
+from lmtool.quant.rtn import rtn
 
 _SCALED = ("smooth", "awq", "best")
 _CLIPPED = ("awq", "best")
@@ -153,7 +154,7 @@ def _rounded(layer: DecoderLayer, group: str, rounding: Rounding, scale: Tensor 
     scaled = groups.matrix_of(layer, group).weight
     weight = scaled if scale is None else scaled / scale
     energy = max(float(gram_loss(weight, rounding.gram).sum()), 1e-30)
-    plain = rounding.error(round_to(weight, grid_of(weight, rounding.group_size)), weight)
+    plain = rounding.error(rtn(weight, rounding.group_size), weight)
     codes = rounding.codes(weight, scale)
     error = rounding.error(codes, weight, scale)
     if not isfinite(energy + plain + error):
@@ -163,4 +164,4 @@ def _rounded(layer: DecoderLayer, group: str, rounding: Rounding, scale: Tensor 
 
 def _plainly(layer: DecoderLayer, group: str, group_size: int, note: str = "") -> Outcome:
     weight = groups.matrix_of(layer, group).weight
-    return Outcome(group, round_to(weight, grid_of(weight, group_size)), note=note)
+    return Outcome(group, rtn(weight, group_size), note=note)

@@ -17,6 +17,9 @@ def test_shards(tmp_path: Path, shard_bytes: int, num_files: int) -> None:
     names = write_shards(tmp_path, sizes, TENSORS.__getitem__, shard_bytes)
     assert len([name for name in names if name.endswith(".safetensors")]) == num_files
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(names)
+    modes = {file.stat().st_mode for file in tmp_path.iterdir()}
+    (tmp_path / "plain").touch()
+    assert modes == {(tmp_path / "plain").stat().st_mode}
     write_json(tmp_path / "config.json", {"architectures": ["LlamaForCausalLM"]})
     checkpoint = open_checkpoint(tmp_path)
     assert set(checkpoint.names()) == set(TENSORS)
