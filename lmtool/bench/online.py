@@ -117,7 +117,9 @@ def run_online(
     if interrupted:
         raise KeyboardInterrupt
     if outcomes and all(one.failure is not None for one in outcomes):
-        raise LmtoolError(f"none of {len(outcomes)} requests was answered: {outcomes[0].failure}")
+        failure = str(outcomes[0].failure)
+        fix = "add --no-ignore-eos" if "ignore_eos" in failure else None  # not all servers know that field
+        raise LmtoolError(f"none of {len(outcomes)} requests was answered: {failure}", fix)
     return report
 
 

@@ -54,8 +54,8 @@ def run_tune(
     tuned = _search(models, buckets, weights, found_device, measured)
     entries = _entries(tuned, capability)
     report = _report(shapes, rows, weights, measured, tuned)
-    versions = {name: report.versions[name] for name in ("torch", "triton") if name in report.versions}
-    about = {"device": measured.device, **versions, "commit": report.commit or "unknown"}
+    about = {"device": measured.device, "commit": report.commit or "unknown"}
+    about |= {name: version for name, version in report.versions.items() if name in ("torch", "triton")}
     # the newer of two entries for the same is the one that is kept
     merged = {(entry.key, entry.rows): entry for entry in [*kept, *entries]}
     tuning_tables.write(path, capability, list(merged.values()), about)

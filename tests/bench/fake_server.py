@@ -14,14 +14,15 @@ from typing import Any
 class Answer:
     """texts, one event each, ``delay_s`` before each; then usage and [DONE] unless they are left out.
 
-    broken: 'status' a 500, 'cut' the connection ends in the middle of the stream, 'early' the stream ends without
-    [DONE], 'error' an error event, 'garbage' what is no JSON, 'hang' nothing comes until the server closes.
+    broken: 'status' a 500 with ``message``, 'cut' the connection ends in the middle of the stream, 'early' the stream
+    ends without [DONE], 'error' an error event, 'garbage' what is no JSON, 'hang' nothing comes until the server closes.
     """
 
     texts: Sequence[str] = ("a", " b", " c")
     delay_s: float = 0.0
     usage: bool = True
     broken: str | None = None
+    message: str = "out of  memory"
 
 
 @dataclass
@@ -70,7 +71,7 @@ class _Handler(BaseHTTPRequestHandler):
         answer = fake.begin(self, body)
         try:
             if answer.broken == "status":
-                self._whole(500, {"error": {"message": "out of  memory", "code": 500}})
+                self._whole(500, {"error": {"message": answer.message, "code": 500}})
             else:
                 self._stream(answer, body, fake)
         except BrokenPipeError:

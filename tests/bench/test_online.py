@@ -191,6 +191,14 @@ def test_no_request_answered_is_an_error_after_the_figures(tmp_path: Path, capsy
     assert "lmtool: error: none of 3 requests was answered" in captured.err
 
 
+def test_a_server_that_does_not_know_ignore_eos_is_met_by_the_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    """As `transformers serve` answers."""
+    with serving(Answer(broken="status", message="Unexpected fields in the request: {'ignore_eos'}")) as server:
+        assert _main(f"{server.url} --num-prompts 2") == 1
+    error = capsys.readouterr().err
+    assert "HTTP 500: Unexpected fields in the request: {'ignore_eos'}; add --no-ignore-eos" in error
+
+
 def test_picture_and_json_alone_on_stdout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with serving() as server:
         picture = tmp_path / "online.png"
