@@ -15,7 +15,7 @@ class Answer:
     """texts, one event each, ``delay_s`` before each; then usage and [DONE] unless they are left out.
 
     broken: 'status' a 500 with ``message``, 'cut' the connection ends in the middle of the stream, 'early' the stream
-    ends without [DONE], 'error' an error event, 'garbage' what is no JSON, 'hang' nothing comes until the server closes.
+    ends without [DONE], 'error' an error event, 'garbage' what is no JSON, 'hang' nothing comes until it closes.
     """
 
     texts: Sequence[str] = ("a", " b", " c")
