@@ -11,7 +11,8 @@ from lmtool.kernels.triton.launch import allow_next, dependent_launch, wait_for_
 _BLOCK = 4096
 
 
-@triton.jit(do_not_specialize_on_alignment=["repetition_ptr", "presence_ptr", "frequency_ptr"])
+# a row of an odd vocabulary begins anywhere, and so does each row's penalty
+@triton.jit(do_not_specialize_on_alignment=["logits_ptr", "repetition_ptr", "presence_ptr", "frequency_ptr"])
 def _penalize_kernel(
     logits_ptr,
     prompt_mask_ptr,
