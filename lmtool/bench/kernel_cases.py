@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from lmtool import kernels
-from lmtool.bench.shapes import products
+from lmtool.bench.shapes import Product, products
 from lmtool.engine.kv_cache import BLOCK_SIZE
 from lmtool.kernels.layout import POSITION
+from lmtool.kernels.w4_layout import GROUP_SIZES
 from lmtool.models.config import ModelConfig
+from lmtool.models.random import fill_w4_
 
 _EPS = 1e-5
 Arguments = tuple[Any, ...]
@@ -78,6 +80,7 @@ def cases(maker: Maker, rows: Sequence[int]) -> Iterator[Case]:
     """All ops for each number of rows; a prompt's attention once."""
     for count in rows:
         yield from linear_cases(maker, count)
+        yield from w4_cases(maker, count)
         yield from norm_cases(maker, count)
         yield rope_case(maker, count)
         yield from decode_cases(maker, count)
@@ -128,6 +131,45 @@ def _library_of_add(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 def _library_of_norm(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor) -> Tensor:
     return _library(x, weight)
+
+
+_W4_OPS = {
+    "norm_linear": "norm_w4_linear",
+    "norm_linear_silu": "norm_w4_linear_silu",
+    "add_linear_": "add_w4_linear_",
+}
+
+
+def w4_cases(maker: Maker, rows: int) -> Iterator[Case]:
+    """The layers' matrices in 4 bits, a word of scale and zero for each group; the head is not quantized."""
+    size = maker.dtype.itemsize
+    for one in products(maker.model, size):
+        group = next((g for g in reversed(GROUP_SIZES) if one.num_in % g == 0), None)
+        if one.name == "head" or group is None:
+            continue
+
+        def weight(one: Product = one, group: int = group) -> kernels.W4Tiles:
+            num_rows = one.num_weights // one.num_in
+            made = kernels.empty_w4(num_rows, one.num_in, group, maker.device, paired=one.paired)
+            fill_w4_(made, torch.Generator(maker.device).manual_seed(rows))
+            return made
+
+        def make(one: Product = one, weight: Callable[[], kernels.W4Tiles] = weight) -> Arguments:
+            x, residual = maker.normal(rows, one.num_in), maker.normal(rows, one.num_out)
+            return (residual, x, weight()) if one.op == "add_linear_" else (x, maker.normal(one.num_in), _EPS, weight())
+
+        def plain(k: int = one.num_in, weight: Callable[[], kernels.W4Tiles] = weight) -> Arguments:
+            return maker.normal(rows, k), weight()
+
+        def expand(weight: Callable[[], kernels.W4Tiles] = weight) -> Arguments:
+            return weight(), maker.dtype
+
+        stored, flops = one.num_weights * (0.5 + 4 / group), 2.0 * rows * one.num_weights
+        outer = rows * (one.num_in + one.num_out * (2 if one.op == "add_linear_" else 1)) * size
+        yield Case(_W4_OPS[one.op], "w4", str(one), rows, make, stored + outer, flops)
+        if one.name == "o":
+            yield Case("w4_linear", "w4", str(one), rows, plain, stored + outer, flops)
+            yield Case("w4_expand", "w4", str(one), rows, expand, stored + one.weight_bytes)
 
 
 def norm_cases(maker: Maker, rows: int) -> Iterator[Case]:
@@ -250,4 +292,4 @@ def step_cases(maker: Maker, rows: int) -> Iterator[Case]:
     yield Case("advance_", "step", "", rows, advance, changed, compared=lambda _, after: (after[1], after[3]))
 
 
-GROUPS = ("linear", "norm", "rope", "attention", "sample", "step")
+GROUPS = ("linear", "w4", "norm", "rope", "attention", "sample", "step")

@@ -14,7 +14,7 @@ Shapes = Annotated[
     typer.Option("--shape", help="Sizes of this model: llama3-8b, internlm2-1_8b, …; several by commas with --tune."),
 ]
 Rows = Annotated[str | None, typer.Option(help="Rows (tokens, sequences) of each op, by commas.")]
-Only = Annotated[str | None, typer.Option(help="Only linear, norm, rope, attention, sample or step; by commas.")]
+Only = Annotated[str | None, typer.Option(help="Only linear, w4, norm, rope, attention, sample or step; by commas.")]
 Context = Annotated[int, typer.Option(help="Of attention: tokens behind each row, and of the prompt.")]
 Tune = Annotated[bool, typer.Option("--tune", help="Search the best launch configurations and write them as a table.")]
 TuneFile = Annotated[

@@ -163,7 +163,7 @@ def test_only_some_and_json_alone_on_stdout(capsys: pytest.CaptureFixture[str]) 
     ("line", "message"),
     [
         ("--shape llama9", "--shape 'llama9' is not known"),
-        ("--only norms", "--only 'norms' is not known; give some of linear, norm, rope"),
+        ("--only norms", "--only 'norms' is not known; give some of linear, w4, norm, rope"),
         ("--rows 0", "--rows has 0; give 1 or more"),
         ("--rows a", "--rows is 'a'; give numbers"),
         ("--context 1", "--context is 1; give 2 or more"),
