@@ -12,7 +12,7 @@ from torch import Tensor
 from lmtool.quant.grid import LEVELS, Codes, Grid
 
 # by how much correlations between inputs are taken to be smaller than the calibration text shows them
-SHRINKAGE = 0.05
+SHRINKAGE = 0.4
 _PANEL = 64  # columns whose errors are spread at once over all later ones
 
 

@@ -51,7 +51,10 @@ def test_every_family_keeps_its_names_its_shapes_and_its_function(
         expected[f"{stem}.scales"] = (num_in // 32, num_out)
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == expected
     assert {tensor.dtype for tensor in tensors.values()} == {torch.int32, torch.float16}
-    assert relative_error(dense_again(out, tmp_path / "dense"), model) < 0.2
+    dense = dense_again(out, tmp_path / "dense")
+    assert relative_error(dense, model) < 0.2
+    ids = load_tokenizer(model).encode(SENTENCES[0])
+    torch.testing.assert_close(*(all_logits(load(folder, len(ids)), ids) for folder in (out, dense)))
     assert load_tokenizer(out).encode("the quick") == load_tokenizer(model).encode("the quick")
 
 
@@ -125,7 +128,10 @@ def test_shards_are_written_and_read(tmp_path: Path, text: Path, monkeypatch: py
     model, out = tiny_folder(tmp_path / "model"), tmp_path / "out"
     run(model, out, text)
     assert len(list(out.glob("model-*-of-*.safetensors"))) > 2
-    assert len(open_checkpoint(out).names()) == len(open_checkpoint(model).names()) + 2 * 7 * 3
+    weight_map = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(weight_map) == len(open_checkpoint(model).names()) + 2 * 7 * 3
+    for name, file in weight_map.items():
+        assert name in load_file(out / file)
 
 
 # ------------------------------------------------------------------ refusals
