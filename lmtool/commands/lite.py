@@ -90,7 +90,8 @@ def auto_awq(
     from lmtool.checkpoint.hub import resolve_model
     from lmtool.commands.lite_progress import QuantProgress
     from lmtool.engine.device import choose_device
-    from lmtool.quant.pipeline import Job, quantize
+    from lmtool.quant.job import Job
+    from lmtool.quant.pipeline import quantize
 
     source = resolve_model(model, revision=revision, download_dir=download_dir)
     job = Job(source, work_dir, quant, calibration, choose_device(device), fresh)

@@ -4,34 +4,31 @@ A work dir is shared with `calibrate`: statistics under `calibration/`, resumabl
 files at the top. Does not know the command line, Rich or the engine.
 """
 
-import hashlib
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lmtool import __version__, kernels
+from lmtool import kernels
 from lmtool.checkpoint.formats import open_checkpoint
 from lmtool.checkpoint.reader import read_json
-from lmtool.errors import ConfigError, MemoryShortError
+from lmtool.errors import MemoryShortError
 from lmtool.layers.rotary import cos_sin_table
 from lmtool.quant.block import Block
 from lmtool.quant.datasets import calibration_ids
 from lmtool.quant.gram import Statistics
 from lmtool.quant.groups import GROUPS
+from lmtool.quant.job import Job, check, check_disk, describe
 from lmtool.quant.layers import Blocks, skipped_groups
-from lmtool.quant.options import CalibrationOptions, QuantOptions, check_sizes
+from lmtool.quant.options import QuantOptions
 from lmtool.quant.output import QUALITY, write_model
 from lmtool.quant.plan import Plan, plan_run
 from lmtool.quant.search import Outcome, quantize_block
 from lmtool.quant.state import State
 from lmtool.tokenizer import load_tokenizer
-
-_SAMPLED_BYTES = 1 << 20
 
 
 class Listener(Protocol):
@@ -42,20 +39,6 @@ class Listener(Protocol):
     def block_done(self, block: int, report: Mapping[str, Any], seconds: float) -> None: ...
 
     def writing(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What `quantize` was asked for."""
-
-    model: Path
-    work_dir: Path
-    options: QuantOptions
-    calibration: CalibrationOptions
-    device: torch.device
-    fresh: bool = False
-    # from elsewhere than a file: text the model samples itself, a hub's data set. int64 [samples, seqlen]
-    ids: Tensor | None = None
 
 
 def quantize(job: Job, listener: Listener) -> dict[str, Any]:
@@ -69,17 +52,19 @@ def quantize(job: Job, listener: Listener) -> dict[str, Any]:
     checkpoint = open_checkpoint(job.model)
     try:
         blocks = Blocks(checkpoint, job.device)
-        skipped = _check(blocks, job)
+        skipped = check(blocks, job)
         tokenizer = load_tokenizer(job.model)
         ids = _ids(job, tokenizer)
-        about = _about(job, ids)
+        about = describe(job, ids)
         shape = (*ids.shape, blocks.config.hidden_size) if ids is not None else (0,)
         done = _finished(job, about)
         if done is not None:
             return done
         state = State(job.work_dir, about["fingerprint"], shape, fresh=job.fresh)
         num_tokens = ids.numel() if ids is not None else 0
-        listener.planned(plan_run(blocks, job.calibration, job.options, num_tokens, state.blocks_done))
+        plan = plan_run(blocks, job.calibration, job.options, num_tokens, state.blocks_done)
+        listener.planned(plan)
+        check_disk(job.work_dir, plan)
         dtype = _stored_dtype(blocks, job.options)
         with torch.inference_mode(), kernels.force("reference"):
             _run_blocks(blocks, job, state, ids, dtype, listener)
@@ -161,76 +146,13 @@ def _entry(blocks: Blocks, i: int, outcome: Outcome) -> dict[str, Any]:
     }
 
 
-# ------------------------------------------------------------------ before anything runs
-
-
-def _check(blocks: Blocks, job: Job) -> list[str]:
-    """Refuse what cannot end well; names of the linears that --skip leaves."""
-    in_features, out_features, skipped = {}, {}, []
-    for i in range(len(blocks)):
-        left = skipped_groups(blocks, i, job.options.skip)
-        for group in GROUPS:
-            for linear in blocks.linears(i, group):
-                if group in left:
-                    skipped.append(linear.name)
-                else:
-                    in_features[linear.name], out_features[linear.name] = linear.num_in, linear.num_out
-    if not in_features:
-        raise ConfigError(f"--skip {' '.join(job.options.skip)} leaves nothing to quantize", "name fewer linears")
-    if job.options.skip and not skipped:
-        example = next(iter(in_features))
-        raise ConfigError(f"--skip {' '.join(job.options.skip)} names no linear", f"names are like {example}")
-    check_sizes(job.options.group_size, in_features, out_features)
-    _check_work_dir(job)
-    return skipped
-
-
-def _check_work_dir(job: Job) -> None:
-    if job.work_dir.exists() and not job.work_dir.is_dir():
-        raise ConfigError(f"--work-dir {job.work_dir} is a file", "give a folder")
-    if job.model.is_dir() and job.work_dir.resolve() == job.model.resolve():
-        raise ConfigError(f"--work-dir {job.work_dir} is the model itself", "give another folder")
-    foreign = (job.work_dir / "config.json").exists() and not (job.work_dir / QUALITY).exists()
-    if foreign:
-        raise ConfigError(f"--work-dir {job.work_dir} holds another model", "give another folder")
+# ------------------------------------------------------------------ around them
 
 
 def _ids(job: Job, tokenizer: Any) -> Tensor | None:
     if not job.options.searches:
         return None
     return job.ids if job.ids is not None else calibration_ids(job.calibration, tokenizer)
-
-
-def _about(job: Job, ids: Tensor | None) -> dict[str, Any]:
-    """What makes this run this run, in what the report says and in the fingerprint that a resumed one must match."""
-    text = None
-    if ids is not None:
-        digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]
-        text = {"dataset": job.calibration.dataset, "samples": ids.shape[0], "seqlen": ids.shape[1], "ids": digest}
-    options = asdict(job.options) | {"skip": list(job.options.skip)}
-    fingerprint = {
-        "lmtool": __version__,
-        "model": _model_digest(job.model),
-        **options,
-        "calibration": text,
-        "batch_size": job.calibration.batch_size if ids is not None else None,
-        "device": job.device.type,
-    }
-    return {"fingerprint": fingerprint, "report": {"model": str(job.model), "calibration": text}}
-
-
-def _model_digest(model: Path) -> str:
-    """Of every file's name and size and the first and last MiB of the weights."""
-    digest = hashlib.sha256()
-    files = [model] if model.is_file() else sorted([*model.glob("*.safetensors"), *model.glob("*.json")])
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(_SAMPLED_BYTES))
-            stream.seek(max(0, size - _SAMPLED_BYTES))
-            digest.update(stream.read(_SAMPLED_BYTES))
-    return digest.hexdigest()[:16]
 
 
 def _finished(job: Job, about: Mapping[str, Any]) -> dict[str, Any] | None:

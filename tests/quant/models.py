@@ -11,8 +11,9 @@ from lmtool.checkpoint.packing import unpack_awq
 from lmtool.models.loader import read_model_config
 from lmtool.models.registry import family
 from lmtool.quant.grid import Codes
+from lmtool.quant.job import Job
 from lmtool.quant.options import CalibrationOptions, QuantOptions
-from lmtool.quant.pipeline import Job, quantize
+from lmtool.quant.pipeline import quantize
 from tests.test_tokenizer import byte_level_json
 from tests.tokenizer_files import SENTENCES
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lmtool.checkpoint.formats import open_checkpoint
-from lmtool.errors import CheckpointError, ConfigError, TokenizerError
+from lmtool.errors import CheckpointError, ConfigError, MemoryShortError, TokenizerError
 from lmtool.tokenizer import load_tokenizer
 from tests.models.test_against_hf import load
 from tests.quant.models import DIFFERENCES, dense_again, run, text_file, tiny_folder
@@ -184,6 +185,12 @@ def test_work_dirs_that_are_something_else(tmp_path: Path, text: Path) -> None:
     with pytest.raises(ConfigError, match="holds another model"):
         run(model, other, text)
     assert (other / "model.safetensors").exists()
+
+
+def test_a_disk_that_is_too_small(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100_000))
+    with pytest.raises(MemoryShortError, match=r"out has 0\.0 GB free and the run needs 0\.\d; give another"):
+        run(tiny_folder(tmp_path / "model"), tmp_path / "out", text)
 
 
 def test_a_model_without_a_tokenizer(tmp_path: Path, text: Path) -> None:

@@ -1,0 +1,107 @@
+"""A job for `pipeline.quantize`: what was asked for, what is refused of it, and what a resumed run must match."""
+
+import hashlib
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmtool import __version__
+from lmtool.errors import ConfigError, MemoryShortError
+from lmtool.quant.groups import GROUPS
+from lmtool.quant.layers import Blocks, skipped_groups
+from lmtool.quant.options import CalibrationOptions, QuantOptions, check_sizes
+from lmtool.quant.output import QUALITY
+from lmtool.quant.plan import Plan
+
+_SAMPLED_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What `quantize` was asked for."""
+
+    model: Path
+    work_dir: Path
+    options: QuantOptions
+    calibration: CalibrationOptions
+    device: torch.device
+    fresh: bool = False
+    # from elsewhere than a file: text the model samples itself, a hub's data set. int64 [samples, seqlen]
+    ids: Tensor | None = None
+
+
+def check(blocks: Blocks, job: Job) -> list[str]:
+    """Refuse what cannot end well; names of the linears that --skip leaves."""
+    in_features, out_features, skipped = {}, {}, []
+    for i in range(len(blocks)):
+        left = skipped_groups(blocks, i, job.options.skip)
+        for group in GROUPS:
+            for linear in blocks.linears(i, group):
+                if group in left:
+                    skipped.append(linear.name)
+                else:
+                    in_features[linear.name], out_features[linear.name] = linear.num_in, linear.num_out
+    if not in_features:
+        raise ConfigError(f"--skip {' '.join(job.options.skip)} leaves nothing to quantize", "name fewer linears")
+    if job.options.skip and not skipped:
+        example = next(iter(in_features))
+        raise ConfigError(f"--skip {' '.join(job.options.skip)} names no linear", f"names are like {example}")
+    check_sizes(job.options.group_size, in_features, out_features)
+    _check_work_dir(job)
+    return skipped
+
+
+def _check_work_dir(job: Job) -> None:
+    if job.work_dir.exists() and not job.work_dir.is_dir():
+        raise ConfigError(f"--work-dir {job.work_dir} is a file", "give a folder")
+    if job.model.is_dir() and job.work_dir.resolve() == job.model.resolve():
+        raise ConfigError(f"--work-dir {job.work_dir} is the model itself", "give another folder")
+    foreign = (job.work_dir / "config.json").exists() and not (job.work_dir / QUALITY).exists()
+    if foreign:
+        raise ConfigError(f"--work-dir {job.work_dir} holds another model", "give another folder")
+
+
+def check_disk(work_dir: Path, plan: Plan) -> None:
+    """What is done already lies on the disk: only the rest is asked for."""
+    needed = plan.disk * (plan.num_blocks - plan.blocks_done) // plan.num_blocks
+    free = shutil.disk_usage(work_dir).free
+    if free < needed:
+        raise MemoryShortError(
+            f"{work_dir} has {free / 1e9:.1f} GB free and the run needs {needed / 1e9:.1f}", "give another --work-dir"
+        )
+
+
+def describe(job: Job, ids: Tensor | None) -> dict[str, Any]:
+    """What makes this run this run, in what the report says and in the fingerprint that a resumed one must match."""
+    text = None
+    if ids is not None:
+        digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]
+        text = {"dataset": job.calibration.dataset, "samples": ids.shape[0], "seqlen": ids.shape[1], "ids": digest}
+    options = asdict(job.options) | {"skip": list(job.options.skip)}
+    fingerprint = {
+        "lmtool": __version__,
+        "model": _model_digest(job.model),
+        **options,
+        "calibration": text,
+        "batch_size": job.calibration.batch_size if ids is not None else None,
+        "device": job.device.type,
+    }
+    return {"fingerprint": fingerprint, "report": {"model": str(job.model), "calibration": text}}
+
+
+def _model_digest(model: Path) -> str:
+    """Of every file's name and size and the first and last MiB of the weights."""
+    digest = hashlib.sha256()
+    files = [model] if model.is_file() else sorted([*model.glob("*.safetensors"), *model.glob("*.json")])
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(_SAMPLED_BYTES))
+            stream.seek(max(0, size - _SAMPLED_BYTES))
+            digest.update(stream.read(_SAMPLED_BYTES))
+    return digest.hexdigest()[:16]
