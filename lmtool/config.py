@@ -15,7 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from lmtool.errors import ConfigError, RequestError
 
 DTYPES = ("auto", "float16", "bfloat16", "float32")
-MODEL_FORMATS = ("hf", "gguf")
+MODEL_FORMATS = ("hf", "awq", "gptq", "gguf")
 MAX_LOGPROBS = 20
 
 
@@ -73,7 +73,7 @@ class EngineConfig:
     dtype                  'auto', 'float16', 'bfloat16', 'float32'; 'auto' on a CPU uses a GGUF's 4-bit weights
                            as they are
     device                 'auto', 'cpu', 'cuda', 'cuda:1', …
-    model_format           'hf' or 'gguf' to insist on it; None: detected
+    model_format           'hf', 'awq', 'gptq' or 'gguf' to insist on it; None: detected
     session_len            longest prompt + answer of one request, tokens; None: the model's own
     max_batch_size         most requests computed in one step
     max_batched_tokens     token budget of one step; longer prompts are prefilled in chunks of it. None: 8192 on a

@@ -21,7 +21,7 @@ from lmtool.engine.core import EngineCore
 from lmtool.engine.device import choose_device, choose_dtype, free_bytes, memory_short
 from lmtool.engine.graphs import StartProgress
 from lmtool.engine.sequence import Request
-from lmtool.engine.setup import LoadedEngine, build_core, compile_steps, load_engine
+from lmtool.engine.setup import LoadedEngine, build_core, compile_steps, load_engine, weight_bytes
 from lmtool.errors import ConfigError, EngineError, MemoryShortError
 from lmtool.models.config import ModelConfig
 from lmtool.models.loader import read_model_config
@@ -87,14 +87,6 @@ def load_random(
     core, plan = build_core(decoder, config, progress, compiling)
     weights = str(dtype).removeprefix("torch.") if group_size is None else f"w4a16 g{group_size}"
     return LoadedEngine(core, model, plan, device, weights, {}, time.perf_counter() - started)
-
-
-def weight_bytes(model: ModelConfig, itemsize: int, group_size: int | None) -> int:
-    """Of all weights; 4-bit layers have four bytes more for each group."""
-    if group_size is None:
-        return model.num_parameters * itemsize
-    ends = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
-    return ends * itemsize + int((model.num_parameters - ends) * (0.5 + 4 / group_size))
 
 
 def load(

@@ -17,29 +17,40 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 @dataclass(frozen=True, slots=True)
 class PackedInt4:
-    """A matrix of 4-bit codes in groups of 32 along K: ``w = code * scale + minimum``.
+    """A matrix of 4-bit codes in groups of g along K: ``w = code · scale + minimum`` or ``(code - zero) · scale``.
 
-    codes    uint8 [N, K], values 0..15, in the natural order of K
-    scale    float32 [N, K / 32]
-    minimum  float32 [N, K / 32]
+    codes    uint8 [N, K], values 0..15
+    scale    float [N, K / g]
+    minimum  float32 [N, K / g] as GGUF has it; None where there are zero points
+    zero     uint8 [N, K / g], 0..15, as AWQ and GPTQ have it; None where there are minimums
+    order    int64 [K]: column i of the codes multiplies in feature order[i]; None: i itself
     """
 
     codes: torch.Tensor
     scale: torch.Tensor
-    minimum: torch.Tensor
+    minimum: torch.Tensor | None
+    zero: torch.Tensor | None = None
+    order: torch.Tensor | None = None
+
+    @property
+    def lowest(self) -> torch.Tensor:
+        """What the code 0 stands for, float32 [N, K / g]; exact: a zero point times a float16 has 15 bits."""
+        if self.minimum is not None:
+            return self.minimum
+        assert self.zero is not None
+        return -self.zero.float() * self.scale.float()
 
     def dequantize(self) -> torch.Tensor:
-        """float32 [N, K]."""
-        rows, columns = self.codes.shape
-        groups = self.codes.view(rows, columns // 32, 32).to(torch.float32)
-        return (groups * self.scale[..., None] + self.minimum[..., None]).view(rows, columns)
+        """float32 [N, K], columns as the codes have them."""
+        grouped = self.codes.view(*self.scale.shape, -1).to(torch.float32)
+        return (grouped * self.scale.float()[..., None] + self.lowest[..., None]).flatten(1)
 
 
 class Checkpoint(Protocol):
     """One stored model; every tensor under its Hugging Face name.
 
     path               the folder or file
-    format             'hf' or 'gguf'
+    format             'hf', 'awq', 'gptq' or 'gguf'
     config             as in config.json; for GGUF made from its metadata
     generation_config  as in generation_config.json, {} when there is none
     """
@@ -65,8 +76,8 @@ class Checkpoint(Protocol):
         """Where what `tensor` returns lies in a file, byte for byte; None where it is made from what lies there."""
         ...
 
-    def packed_int4(self, name: str) -> PackedInt4 | None:
-        """Q4_0 and Q4_1 of a GGUF without dequantizing; None for anything else."""
+    def packed_int4(self, name: str, device: torch.device | None = None) -> PackedInt4 | None:
+        """4-bit codes as they are stored, unpacked on ``device`` (a CPU if not given); None for anything else."""
         ...
 
     def close(self) -> None:
@@ -82,10 +93,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not path.exists():
         raise CheckpointError(f"{path} does not exist", "give a model folder or a .gguf file")
     if path.is_dir():
+        from lmtool.checkpoint.quantized import QuantizedCheckpoint, read_scheme
         from lmtool.checkpoint.reader import HfCheckpoint
 
         _refuse_folder_without_weights(path)
-        return HfCheckpoint(path)
+        folder = HfCheckpoint(path)
+        scheme = read_scheme(path, folder.config)
+        return folder if scheme is None else QuantizedCheckpoint(folder, scheme)
     if path.suffix == ".gguf":
         from lmtool.checkpoint.gguf_checkpoint import GgufCheckpoint
 

@@ -43,17 +43,13 @@ class GgufCheckpoint:
         self._stored(name)
         return None
 
-    def packed_int4(self, name: str) -> PackedInt4 | None:
+    def packed_int4(self, name: str, device: torch.device | None = None) -> PackedInt4 | None:
         stored = self._stored(name)
         kind = self.file.tensors[stored].type.name
         if kind not in ("q4_0", "q4_1"):
             return None
         codes, scale, minimum = _unpack_int4(self.file.blocks(stored), kind)
-        return PackedInt4(
-            self._half_split_rows(name, codes),
-            self._half_split_rows(name, scale),
-            self._half_split_rows(name, minimum),
-        )
+        return PackedInt4(*(self._half_split_rows(name, part).to(device or "cpu") for part in (codes, scale, minimum)))
 
     def close(self) -> None:
         """Nothing to do: the mapping goes with the last view of it."""

@@ -46,6 +46,18 @@ def unpack_gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, *, offset: int 
     return codes.contiguous(), scales.t().contiguous(), zero.contiguous()
 
 
+def unpack_gptq8(qweight: Tensor, qzeros: Tensor, scales: Tensor, *, offset: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """As `unpack_gptq` of 8-bit codes, four in a word: codes uint8 [N, K], scale [N, K/g], zero uint8 [N, K/g]."""
+    codes = _bytes(qweight.t())
+    zero = (_bytes(qzeros).t().to(torch.int16) + offset).bitwise_and(255).to(torch.uint8)
+    return codes.contiguous(), scales.t().contiguous(), zero.contiguous()
+
+
+def _bytes(words: Tensor) -> Tensor:
+    """int32 [R, C] → uint8 [R, 4·C], the lowest byte first."""
+    return torch.stack([(words >> (8 * i)).bitwise_and(255).to(torch.uint8) for i in range(4)], dim=-1).flatten(1)
+
+
 def _pack_columns(values: Tensor, order: tuple[int, ...]) -> Tensor:
     """values [R, C] 0..15 → int32 [R, C/8]: nibble p of word c is the value of column 8·c + order[p]."""
     eights = values.reshape(values.shape[0], -1, CODES_IN_WORD).to(torch.int32)

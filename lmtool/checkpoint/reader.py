@@ -96,7 +96,7 @@ class HfCheckpoint:
             self._starts[file] = _tensor_starts(self.path / file)
         return StoredTensor(self.path / file, self._starts[file][name], self.shape(name), dtype)
 
-    def packed_int4(self, name: str) -> PackedInt4 | None:
+    def packed_int4(self, name: str, device: torch.device | None = None) -> PackedInt4 | None:
         self._shard(name)
         return None
 

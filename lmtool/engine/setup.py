@@ -26,7 +26,7 @@ from lmtool.engine.graphs import StartProgress
 from lmtool.engine.kv_cache import BLOCK_SIZE, CachePlan, plan_cache
 from lmtool.engine.model_runner import ModelRunner
 from lmtool.engine.scheduler import Scheduler
-from lmtool.errors import CheckpointError, ConfigError, MemoryShortError
+from lmtool.errors import ConfigError, MemoryShortError
 from lmtool.models.config import ModelConfig
 from lmtool.models.decoder import Decoder
 from lmtool.models.loader import load_decoder, outline_decoder, read_model_config
@@ -67,10 +67,11 @@ def load_engine(
         _check_format(checkpoint, config)
         model = read_model_config(checkpoint.config)
         keep_int4 = _keeps_int4(checkpoint, config, device)
-        dtype = torch.float32 if keep_int4 else choose_dtype(config.dtype, model, device)
+        on_cpu = device.type == "cpu"
+        dtype = torch.float32 if keep_int4 and on_cpu else choose_dtype(config.dtype, model, device)
         compiling = None
         if device.type == "cuda":
-            compiling = compile_steps(outline_decoder(checkpoint, model, dtype), config, device)
+            compiling = compile_steps(outline_decoder(checkpoint, model, dtype, keep_int4=keep_int4), config, device)
         with closing(compiling) if compiling else nullcontext():
             decoder = _load(checkpoint, model, config, dtype, device, keep_int4, progress)
             defaults = checkpoint.generation_config
@@ -151,24 +152,31 @@ def _device_runner(
 
 # ---------------------------------------------------------------------- weights
 def _keeps_int4(checkpoint: Checkpoint, config: EngineConfig, device: torch.device) -> bool:
-    """A GGUF's 4-bit weights are used as they are on a CPU, unless a dtype was asked for."""
-    if config.dtype != "auto" or device.type != "cpu" or checkpoint.format != "gguf":
-        return False
-    return any(checkpoint.dtype(name) in ("q4_0", "q4_1") for name in checkpoint.names())
+    """Whether 4-bit weights are used as they are.
+
+    On a CPU unless a dtype was asked for; on a GPU those of AWQ and GPTQ, whose products are in half precision.
+    """
+    if device.type == "cpu":
+        kinds: tuple[str, ...] = ("q4_0", "q4_1", "int4") if config.dtype == "auto" else ()
+    else:
+        kinds = ("int4",) if config.dtype != "float32" else ()
+    return any(checkpoint.dtype(name) in kinds for name in checkpoint.names())
 
 
 def _check_format(checkpoint: Checkpoint, config: EngineConfig) -> None:
-    quantization = checkpoint.config.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method", "?") if isinstance(quantization, Mapping) else "?"
-        raise CheckpointError(
-            f"{checkpoint.path} is quantized ({method})", "this version runs unquantized checkpoints and GGUF files"
-        )
     if config.model_format is not None and config.model_format != checkpoint.format:
         raise ConfigError(
             f"--model-format is {config.model_format!r}, {checkpoint.path} is {checkpoint.format!r}",
             "leave the flag out: the format is detected",
         )
+
+
+def weight_bytes(model: ModelConfig, itemsize: int, group_size: int | None = None) -> int:
+    """Of all weights on a GPU; group_size: the layers' are 4-bit, with four bytes more for each group."""
+    if group_size is None:
+        return model.num_parameters * itemsize
+    ends = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
+    return ends * itemsize + int((model.num_parameters - ends) * (0.5 + 4 / group_size))
 
 
 def _load(
@@ -180,7 +188,10 @@ def _load(
     keep_int4: bool,
     progress: StartProgress | None,
 ) -> Decoder:
-    needed = model.num_parameters * (1 if keep_int4 else dtype.itemsize)
+    if keep_int4 and device.type == "cpu":
+        needed = model.num_parameters
+    else:
+        needed = weight_bytes(model, dtype.itemsize, kernels.W4_LARGEST_GROUP if keep_int4 else None)
     free = free_bytes(device)
     if needed > free:
         smaller = "float16" if dtype == torch.float32 else None

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from lmtool.kernels.dispatch import compile_ahead, force, implementation, is_capturable
 from lmtool.kernels.layout import DecodePlan, StepRows
-from lmtool.kernels.w4_layout import W4Tiles, empty_w4, pack_w4, unpack_w4
+from lmtool.kernels.w4_layout import W4_LARGEST_GROUP, W4Tiles, empty_w4, pack_w4, unpack_w4
 
 __all__ = [
     "DecodePlan",
     "StepRows",
+    "W4_LARGEST_GROUP",
     "W4Tiles",
     "add_linear_",
     "add_w4_linear_",

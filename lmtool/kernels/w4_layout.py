@@ -17,7 +17,8 @@ TILE_N, TILE_K = 32, 128
 WORDS = TILE_N * TILE_K // 8
 # in features are filled up to this: two warps always have a tile each
 PAD_K = 2 * TILE_K
-GROUP_SIZES = (32, 64, 128)
+GROUP_SIZES = (32, 64, TILE_K)
+W4_LARGEST_GROUP = TILE_K
 
 
 class W4Tiles(NamedTuple):

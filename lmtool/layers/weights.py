@@ -98,7 +98,7 @@ class _CpuCodes:
 
 
 class Int4Cpu(_CpuCodes):
-    """4-bit codes in groups of 32, as GGUF's Q4_0 and Q4_1 store them: w = code · scale + minimum.
+    """4-bit codes in groups along K, w = code · scale + minimum: GGUF's Q4_0 and Q4_1, AWQ's, GPTQ's.
 
     Few rows go to torch's packed kernel (bfloat16 rows, bfloat16 scales: they lose 3 bits of mantissa, which is
     far below what 4 bits lost). Many rows are compute-bound: they go to a product with the weights expanded, in
@@ -107,13 +107,29 @@ class Int4Cpu(_CpuCodes):
     """
 
     MAX_PACKED_ROWS = 48  # measured: docs/log.md, 2026-11-21, "CPU products by row count"
+    PACKED_GROUPS = (32, 64, 128, 256)  # that torch's kernel takes
 
     def __init__(
-        self, codes: Tensor, scale: Tensor, minimum: Tensor, bias: Tensor | None = None, *, keep_dense: bool = True
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        minimum: Tensor,
+        bias: Tensor | None = None,
+        order: Tensor | None = None,
+        *,
+        keep_dense: bool = True,
     ) -> None:
-        """codes [N, K] uint8 0..15; scale and minimum [N, K / group] float32; bias [N]."""
-        self.group_size = codes.shape[1] // scale.shape[1]
+        """codes [N, K] uint8 0..15; scale and minimum [N, K / group] float; bias [N].
+
+        order [K] int64: in feature order[k] of x meets column k of the codes; None: as they come.
+        """
         self.bias = bias
+        self._order = order
+        scale, minimum = scale.float(), minimum.float()
+        longest = self.PACKED_GROUPS[-1]
+        if (group := codes.shape[1] // scale.shape[1]) > longest and group % longest == 0:
+            scale, minimum = (part.repeat_interleave(group // longest, dim=1) for part in (scale, minimum))
+        self.group_size = codes.shape[1] // scale.shape[1]
         self._packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
         # torch's form is (code - 8) · scale + zero
         pairs = torch.stack((scale, minimum + 8 * scale), dim=-1)
@@ -123,6 +139,8 @@ class Int4Cpu(_CpuCodes):
         self._codes = None if keep_dense else (codes, scale, minimum)
 
     def _product(self, x: Tensor) -> Tensor:
+        if self._order is not None:
+            x = x.index_select(-1, self._order)
         if x.shape[0] <= self.MAX_PACKED_ROWS:
             return torch.ops.aten._weight_int4pack_mm_for_cpu(
                 x.bfloat16(), self._packed, self.group_size, self._scale_and_zero

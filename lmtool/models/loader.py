@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmtool.checkpoint.formats import Checkpoint
+from lmtool import kernels
+from lmtool.checkpoint.formats import Checkpoint, PackedInt4
 from lmtool.checkpoint.staging import Stager
 from lmtool.errors import CheckpointError
-from lmtool.layers.weights import Dense, Int4Cpu, Int8Cpu, Matrix
+from lmtool.layers.weights import W4, Dense, Int4Cpu, Int8Cpu, Matrix
 from lmtool.models.config import ModelConfig, Reader
 from lmtool.models.decoder import Decoder, DecoderLayer
 from lmtool.models.registry import family
@@ -44,7 +45,7 @@ def load_decoder(
     keep_int4: bool = False,
     progress: Progress | None = None,
 ) -> Decoder:
-    """Build the decoder on ``device``. keep_int4: 4-bit matrices of a GGUF stay 4-bit (CPU).
+    """Build the decoder on ``device``. keep_int4: 4-bit matrices stay 4-bit; on a GPU AWQ's and GPTQ's alone.
 
     On a GPU files are read ahead of the copies, in the background, until all is there.
     """
@@ -58,11 +59,14 @@ def load_decoder(
     return decoder
 
 
-def outline_decoder(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, num_layers: int = 2) -> Decoder:
+def outline_decoder(
+    checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, *, keep_int4: bool = False, num_layers: int = 2
+) -> Decoder:
     """What `load_decoder` makes, with ``num_layers`` layers, on the meta device: shapes and dtypes, and no memory."""
-    Source(checkpoint, config, family(checkpoint.config), dtype, torch.device("meta")).check_names()
+    meta, family_ = torch.device("meta"), family(checkpoint.config)
+    Source(checkpoint, config, family_, dtype, meta).check_names()
     config = replace(config, num_layers=min(num_layers, config.num_layers))
-    return Source(checkpoint, config, family(checkpoint.config), dtype, torch.device("meta")).decoder(num_positions=1)
+    return Source(checkpoint, config, family_, dtype, meta, keep_int4).decoder(num_positions=1)
 
 
 @dataclass(slots=True)
@@ -203,16 +207,55 @@ class Source:
         bias_name = ours + ".bias"
         bias = self.optional(bias_name, i) if bias_name in self.family.NAMES else None
         weight_name = ours + ".weight"
-        if self.keep_int4 and weight_name not in getattr(self.family, "TRANSFORMS", {}):
-            packed = [self.checkpoint.packed_int4(name) for name in self.sources(weight_name, i)]
-            whole = [p for p in packed if p is not None]
-            if len(whole) == len(packed):
-                self.check_shape(weight_name, i)
-                codes, scale, minimum = (
-                    torch.cat([getattr(p, field) for p in whole]) for field in ("codes", "scale", "minimum")
-                )
-                return Int4Cpu(codes, scale, minimum, bias, keep_dense=self._dense_fits())
-        return Dense(self.tensor(weight_name, i), bias)
+        if self.device.type == "meta" and self.keep_int4:
+            return self._outline(weight_name, i, bias)
+        packed = self._packed(weight_name, i) if self.keep_int4 else None
+        if packed is None:
+            return Dense(self.tensor(weight_name, i), bias)
+        if self.device.type == "cpu":
+            return Int4Cpu(packed.codes, packed.scale, packed.lowest, bias, packed.order, keep_dense=self._dense_fits())
+        return self._tiles(packed, bias, paired=ours.endswith("gate_up"))
+
+    def _packed(self, weight_name: str, i: int) -> PackedInt4 | None:
+        """The 4-bit codes of a matrix, one below the other; None where a part has none, or none that go together."""
+        parts = [self.checkpoint.packed_int4(name, self.device) for name in self.sources(weight_name, i)]
+        found = [part for part in parts if part is not None]
+        if len(found) < len(parts) or any(part.scale.shape[1] != found[0].scale.shape[1] for part in found):
+            return None
+        if any(not _same_order(part.order, found[0].order) for part in found):
+            return None  # act-order may differ between q, k and v; one product has one order of x
+        self.check_shape(weight_name, i)
+        transform = getattr(self.family, "TRANSFORMS", {}).get(weight_name)
+
+        def joined(field: str) -> Tensor | None:
+            rows = [part for packed in found if (part := getattr(packed, field)) is not None]
+            if not rows:
+                return None
+            stacked = rows[0] if len(rows) == 1 else torch.cat(rows)
+            return stacked if transform is None else transform(stacked, self.config)  # it moves whole rows
+
+        codes, scale = joined("codes"), joined("scale")
+        assert codes is not None
+        assert scale is not None
+        return PackedInt4(codes, scale, joined("minimum"), joined("zero"), found[0].order)
+
+    def _outline(self, weight_name: str, i: int, bias: Tensor | None) -> Matrix:
+        """The shape of `_tiles`' matrix, and no arithmetic: on meta tensors its first use takes seconds."""
+        part = self.checkpoint.packed_int4(self.sources(weight_name, i)[0], self.device)
+        if part is None:
+            return Dense(self.tensor(weight_name, i), bias)
+        num_out, num_in = self.shape(weight_name)
+        group_size = min(part.codes.shape[1] // part.scale.shape[1], kernels.W4_LARGEST_GROUP)
+        paired = weight_name.endswith("gate_up.weight")
+        return W4(kernels.empty_w4(num_out, num_in, group_size, self.device, paired=paired), bias)
+
+    def _tiles(self, packed: PackedInt4, bias: Tensor | None, *, paired: bool) -> Matrix:
+        """For a GPU. Groups longer than a tile are told once for each of its tiles."""
+        assert packed.zero is not None
+        scale, zero = packed.scale, packed.zero
+        repeat = max(1, packed.codes.shape[1] // scale.shape[1] // kernels.W4_LARGEST_GROUP)
+        scale, zero = scale.repeat_interleave(repeat, dim=1), zero.repeat_interleave(repeat, dim=1)
+        return W4(kernels.pack_w4(packed.codes, scale, zero, paired=paired), bias, packed.order)
 
     def _dense_fits(self) -> bool:
         return self.config.num_parameters * 4 <= 2 << 30
@@ -242,7 +285,11 @@ class Source:
 
     def head(self, embed: Tensor) -> Matrix:
         weight = embed if self.config.tie_word_embeddings else self.tensor("head.weight")
-        return Int8Cpu(weight) if self.keep_int4 else Dense(weight)
+        return Int8Cpu(weight) if self.keep_int4 and self.device.type == "cpu" else Dense(weight)
+
+
+def _same_order(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other if one is None or other is None else torch.equal(one, other)
 
 
 def _some(names: list[str]) -> str:
