@@ -55,11 +55,10 @@ class Rounding:
     feedback: Feedback | None
 
     @classmethod
-    def of(cls, method: str, group_size: int, statistics: Statistics) -> "Rounding":
+    def of(cls, method: str, group_size: int, gram: Tensor, mean_abs: Tensor) -> "Rounding":
         """Raises torch's LinAlgError where feedback is asked for and the Gram matrix cannot be factored."""
-        gram = statistics.gram
         feedback = Feedback.of(gram) if method in _FED_BACK else None
-        return cls(method, group_size, gram, statistics.mean_abs, feedback)
+        return cls(method, group_size, gram, mean_abs, feedback)
 
     def codes(self, weight: Tensor, scale: Tensor | None) -> Codes:
         """Round weight · scale."""
@@ -128,11 +127,12 @@ def quantize_block(
     roundings: dict[str, Rounding] = {}
     notes: dict[str, str] = {}
     for group in wanted:
-        if not is_usable(statistics[group].gram):
+        gram = statistics[group].gram
+        if not is_usable(gram):
             notes[group] = "its inputs are not finite"
             continue
         try:
-            roundings[group] = Rounding.of(method, group_size, statistics[group])
+            roundings[group] = Rounding.of(method, group_size, gram, statistics[group].mean_abs)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # torch does not list it
             notes[group] = "the Gram matrix of its inputs cannot be factored"
     scales: dict[str, Tensor] = {}
