@@ -20,6 +20,7 @@ from lmtool.engine.extras import LogitExtras, RowLogprob
 from lmtool.engine.graphs import Graphs, StartProgress, bucket_sizes
 from lmtool.engine.inputs import lay_out
 from lmtool.engine.kv_cache import CachePlan, allocate_cache
+from lmtool.engine.prompt_rows import BUCKETS, MOST_SEQUENCES, MOST_TOKENS, PromptRows
 from lmtool.engine.sequence import Request
 from lmtool.engine.transfer import download, upload
 from lmtool.layers.context import AttentionContext
@@ -65,13 +66,17 @@ class DeviceRunner:
         self._state = DeviceState(max_batch_size, max_batch_size, max_blocks, plan.block_size, self.device)
         self._extras = LogitExtras(config.vocab_size, self.device)
         self._graphs = Graphs(self._decode_rows, bucket_sizes(max_batch_size))
+        self._prompts = PromptRows(MOST_TOKENS, min(MOST_SEQUENCES, max_batch_size), self.device)
+        self._prompt_graphs = Graphs(self._prompt_rows, BUCKETS)
 
     def launch(self, batch: Batch) -> Pending:
         with torch.inference_mode(), torch.cuda.device(self._index):
             self._apply(batch)
             if not batch.num_tokens:
                 return Done(StepOutput([]))
-            return self._mixed(batch) if batch.chunks else self._decode(batch)
+            if not batch.chunks:
+                return self._decode(batch)
+            return self._few_prompts(batch) if self._has_graph(batch) else self._mixed(batch)
 
     @property
     def _index(self) -> int:
@@ -94,7 +99,7 @@ class DeviceRunner:
             self._state.write(*upload(changes, self.device))
         if self._extras.concerns(slots, batch.bans):
             return self._decode_with_extras(batch)
-        return self._launched(self._graphs.run(len(slots)), slots)
+        return self._launched(self._graphs.run(len(slots))[: len(slots)], slots)
 
     def _decode_rows(self, num_rows: int) -> Tensor:
         """The step that is captured: ids [num_rows] of the sequences whose slots stand in the first rows."""
@@ -125,6 +130,39 @@ class DeviceRunner:
             plan=kernels.plan_decode(step.seq_lens, self._num_kv_heads, self._window),
         )
         return self.decoder.forward(step.ids, context, self._caches), step.sampling
+
+    # ------------------------------------------------------------------ a few short prompts
+    def _has_graph(self, batch: Batch) -> bool:
+        special = self._extras.concerns(batch.sampled_slots, batch.bans)
+        return self._prompt_graphs.captured and self._prompts.fits(batch) and not special
+
+    def _few_prompts(self, batch: Batch) -> Pending:
+        state, slots = self._state, batch.sampled_slots
+        rows = lay_out(batch, state.host_tables, state.block_size)
+        packed, *changes = upload([self._prompts.packed(rows, slots), *state.changes()], self.device)
+        if changes:
+            state.write(*changes)
+        self._prompts.write(packed)
+        return self._launched(self._prompt_graphs.run(len(rows.prompt_ids))[: len(slots)], slots)
+
+    def _prompt_rows(self, num_rows: int) -> Tensor:
+        """The step that is captured: ids of the sequences whose prompts end in it, in their order."""
+        prompts, state = self._prompts, self._state
+        context = AttentionContext(
+            num_decode=0,
+            positions=prompts.positions[:num_rows],
+            slots=prompts.addresses[:num_rows],
+            seq_lens=prompts.seq_lens,
+            block_tables=state.tables.index_select(0, prompts.seq_slots),
+            cu_seqlens_q=prompts.cu_seqlens,
+            max_seqlen_q=num_rows,
+        )
+        hidden = self.decoder.forward(prompts.ids[:num_rows], context, self._caches, prompts.sampled_rows)
+        step = kernels.step_rows(prompts.sampled_slots, state.longs, state.words, state.tables, state.block_size)
+        scores = self.decoder.scores(hidden)
+        ids = kernels.sample(scores, *step.sampling)
+        kernels.advance_(prompts.sampled_slots, ids, scores, state.longs)
+        return ids
 
     # ------------------------------------------------------------------ prompts, and decodes beside them
     def _mixed(self, batch: Batch) -> Pending:
@@ -198,7 +236,8 @@ class DeviceRunner:
         self.rehearse(max_batched_tokens)
         if cuda_graphs and kernels.is_capturable(self.device, self.decoder.dtype, self.decoder.config.head_dim):
             with torch.inference_mode(), torch.cuda.device(self._index):
-                self._graphs.capture(progress)
+                self._graphs.capture("decode steps", progress)
+                self._prompt_graphs.capture("short prompts", progress)
 
     def rehearse(self, max_batched_tokens: int) -> None:
         """Steps that between them launch every variant of the kernels that a later one may need.
@@ -215,6 +254,7 @@ class DeviceRunner:
                 seq_lens = torch.zeros(num_rows, dtype=torch.int32, device=self.device)
                 kernels.plan_decode(seq_lens, self._num_kv_heads, self._window)
             self._graphs.run_each()
+            self._prompt_graphs.run_each()
 
 
 def _prompt_of(num_tokens: int, **params: float) -> Batch:

@@ -1,4 +1,4 @@
-"""The decode step as CUDA graphs, one for each number of rows that it is padded to. Knows no model, no scheduling."""
+"""A step as CUDA graphs, one for each number of rows that it is padded to. Knows no model, no scheduling."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ def bucket_sizes(max_rows: int) -> list[int]:
 
 
 class Graphs:
-    """``work(num_rows)`` launches a step's kernels over fixed buffers and returns its ids [num_rows].
+    """``work(num_rows)`` launches a step's kernels over fixed buffers and returns its ids.
 
     Until `capture` is called, and on a CPU, the work is simply done.
     """
@@ -34,7 +34,11 @@ class Graphs:
         for size in reversed(self._sizes):
             self._work(size)
 
-    def capture(self, progress: StartProgress | None = None) -> None:
+    @property
+    def captured(self) -> bool:
+        return bool(self._captured)
+
+    def capture(self, what: str, progress: StartProgress | None = None) -> None:
         """Largest first: the smaller ones then fit into the memory of the larger, which they share.
 
         `run_each` comes before. Raises torch's OutOfMemoryError.
@@ -47,13 +51,13 @@ class Graphs:
                 ids = self._work(size)
             self._captured[size] = (graph, ids)
             if progress is not None:
-                progress("capturing decode steps", i + 1, len(self._sizes))
+                progress(f"capturing {what}", i + 1, len(self._sizes))
 
     def run(self, num_rows: int) -> Tensor:
-        """ids [num_rows], valid until the next run."""
+        """The ids of all rows that there may be, valid until the next run."""
         size = self._sizes[bisect_left(self._sizes, num_rows)]
         if size not in self._captured:
-            return self._work(size)[:num_rows]
+            return self._work(size)
         graph, ids = self._captured[size]
         graph.replay()
-        return ids[:num_rows]
+        return ids

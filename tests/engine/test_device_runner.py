@@ -4,7 +4,7 @@ Whatever shares a step, and however late a step is read, each answer is what it 
 `test_graphs` has the same on a GPU.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +18,7 @@ from lmtool.engine.device_state import DeviceState
 from lmtool.engine.executor import LocalExecutor
 from lmtool.engine.graphs import bucket_sizes
 from lmtool.engine.kv_cache import BLOCK_SIZE, CachePlan
+from lmtool.engine.prompt_rows import BUCKETS
 from lmtool.engine.scheduler import Scheduler
 from lmtool.engine.sequence import Request
 from lmtool.engine.transfer import upload
@@ -59,15 +60,33 @@ class Late(DeviceRunner):
     depth = 3
 
 
+class Captured(dict):  # type: ignore[type-arg]
+    """Graphs that do their work when they are replayed: a CPU's."""
+
+    def __init__(self, work: Callable[[int], torch.Tensor]) -> None:
+        super().__init__(dict.fromkeys(BUCKETS))
+        self._work = work
+        self.sizes: list[int] = []
+
+    def __getitem__(self, size: int) -> tuple["Captured", torch.Tensor]:
+        self.sizes.append(size)
+        return self, self._work(size)
+
+    def replay(self) -> None:
+        """It is done."""
+
+
 def device_core(decoder: Decoder, kind: type[DeviceRunner] = DeviceRunner, **settings: int) -> EngineCore:
     """What `build_core` makes on a GPU, here on a CPU."""
-    given = {"num_blocks": 60, "batch": 8, "budget": 512, "session_len": 320, "prefix": 1, **settings}
+    given = {"num_blocks": 60, "batch": 8, "budget": 512, "session_len": 320, "prefix": 1, "padded": 0, **settings}
     plan = CachePlan(
         num_blocks=given["num_blocks"], block_size=BLOCK_SIZE, block_bytes=0, session_len=given["session_len"]
     )
     blocks = BlockManager(plan.num_blocks, plan.block_size, prefix_caching=bool(given["prefix"]))
     scheduler = Scheduler(blocks, max_batch_size=given["batch"], max_batched_tokens=given["budget"], join_group=2)
     runner = kind(decoder, plan, max_batch_size=given["batch"])
+    if given["padded"]:  # as if it had been captured
+        runner._prompt_graphs._captured = Captured(runner._prompt_graphs._work)
     return EngineCore(scheduler, LocalExecutor(runner), session_len=plan.session_len)
 
 
@@ -137,6 +156,9 @@ def test_arrays_travel_together_and_arrive_whole() -> None:
         pytest.param({"num_blocks": 14}, id="preempted"),
         pytest.param({"batch": 2}, id="queued"),
         pytest.param({"batch": 5}, id="an odd batch"),
+        pytest.param({"padded": 1}, id="short prompts padded"),
+        pytest.param({"padded": 1, "budget": 64, "prefix": 0}, id="chunks padded"),
+        pytest.param({"padded": 1, "batch": 1}, id="one at a time, padded"),
     ],
 )
 def test_answers_are_those_of_the_plain_path(kind, settings, decoder, alone) -> None:  # noqa: ANN001
@@ -144,6 +166,17 @@ def test_answers_are_those_of_the_plain_path(kind, settings, decoder, alone) -> 
     check_equal(alone, run_all(core, REQUESTS), decoder, PROMPTS)
     check_equal(alone, run_all(core, REQUESTS), decoder, PROMPTS)  # over what the first run left behind
     core.scheduler.blocks.check_integrity([])
+
+
+def test_short_prompts_take_the_smallest_bucket_and_special_ones_none(decoder: Decoder) -> None:
+    core = device_core(decoder, padded=1, batch=1, prefix=0)
+    graphs = core._executor._runner._prompt_graphs  # type: ignore[attr-defined]
+    lengths = (1, 16, 17, 200, 300)
+    for number, length in enumerate(lengths):
+        run_all(core, [request(number, [3] * length, max_new_tokens=2)])
+    assert graphs._captured.sizes == [16, 16, 32, 256, 384]
+    run_all(core, [request(9, [3] * 5, max_new_tokens=2, repetition_penalty=1.3)])
+    assert len(graphs._captured.sizes) == len(lengths)
 
 
 @pytest.mark.parametrize("requests", [SAMPLED, SPECIAL, SAMPLED + [replace(r, request_id=9) for r in SPECIAL[1:2]]])

@@ -1,7 +1,6 @@
 """The real SmolLM2-135M-Instruct, end to end: text in, text out, equal to transformers in float32."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import transformers
 from lmtool import EngineConfig, GenerationConfig, Pipeline, pipeline
 from lmtool.checkpoint.formats import open_checkpoint
 from lmtool.checkpoint.hub import resolve_model
-from lmtool.errors import CheckpointError, ConfigError, MemoryShortError, RequestError
+from lmtool.errors import ConfigError, MemoryShortError, RequestError
 from tests.support import check_greedy
 
 GREEDY = GenerationConfig(temperature=0, max_new_tokens=64, ignore_eos=True)
@@ -237,15 +236,3 @@ def test_requests_that_are_refused(exact: Pipeline) -> None:
         pipeline("smollm2-135m", {"session_len": 5})
     with pytest.raises(RequestError, match="--top-p is 1.5"):
         GenerationConfig(top_p=1.5)
-
-
-def test_a_quantized_folder_is_refused_by_name(tmp_path: Path) -> None:
-    from tests.models.test_against_hf import hf_model
-
-    hf_model("Llama").save_pretrained(tmp_path)
-    config = (tmp_path / "config.json").read_text().replace("{", '{"quantization_config": {"quant_method": "awq"},', 1)
-    (tmp_path / "config.json").write_text(config)
-    from lmtool.engine.setup import load_engine
-
-    with pytest.raises(CheckpointError, match=r"is quantized \(awq\)"):
-        load_engine(tmp_path, EngineConfig(device="cpu"))

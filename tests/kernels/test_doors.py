@@ -12,6 +12,7 @@ FAMILIES = ("activation", "attention", "linear", "norm", "rotary", "sampling", "
 NOT_OPS = {
     "DecodePlan",
     "StepRows",
+    "W4_LARGEST_GROUP",
     "W4Tiles",
     "compile_ahead",
     "empty_w4",
