@@ -74,10 +74,13 @@ ON_GPU: dict[str, Any] = {"device": "cuda", "dtype": "float16", "max_batch_size"
 def all_taken_but(num_bytes: int) -> Iterator[None]:
     """Of the card's memory; afterwards the process goes on, and a small model finds room and answers."""
     gc.collect()
+    torch.cuda.synchronize()
     torch.cuda.empty_cache()
     taken = torch.empty(torch.cuda.mem_get_info()[0] - num_bytes, dtype=torch.uint8, device="cuda")
-    yield
-    del taken
+    try:
+        yield
+    finally:
+        del taken
 
 
 def refusal(folder: Path, **settings: Any) -> str:
