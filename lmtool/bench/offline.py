@@ -21,7 +21,7 @@ from lmtool.engine.core import EngineCore
 from lmtool.engine.device import choose_device, choose_dtype, free_bytes, memory_short
 from lmtool.engine.graphs import StartProgress
 from lmtool.engine.sequence import Request
-from lmtool.engine.setup import LoadedEngine, build_core, compile_steps, load_engine, weight_bytes
+from lmtool.engine.setup import LoadedEngine, build_core, compile_steps, load_engine, stored_as, weight_bytes
 from lmtool.errors import ConfigError, EngineError, MemoryShortError
 from lmtool.models.config import ModelConfig
 from lmtool.models.loader import read_model_config
@@ -69,6 +69,10 @@ def load_random(
     """
     started = time.perf_counter()
     device = choose_device(config.device)
+    if group_size is not None and device.type == "cpu":
+        raise ConfigError(
+            "--w-group-size is for a GPU's 4-bit kernels", "leave it out, or give a checkpoint with --model"
+        )
     dtype = choose_dtype(config.dtype, model, device)
     needed, free = weight_bytes(model, dtype.itemsize, group_size), free_bytes(device)
     if needed > free:
@@ -85,8 +89,8 @@ def load_random(
     with memory_short(f"the weights ({needed / _GIB:.1f} GiB) did not fit on {device}", "give a smaller --shape"):
         decoder = random_decoder(model, dtype=dtype, device=device, num_positions=num_positions, group_size=group_size)
     core, plan = build_core(decoder, config, progress, compiling)
-    weights = str(dtype).removeprefix("torch.") if group_size is None else f"w4a16 g{group_size}"
-    return LoadedEngine(core, model, plan, device, weights, {}, time.perf_counter() - started)
+    stored = stored_as(decoder, keep_int4=group_size is not None)
+    return LoadedEngine(core, model, plan, device, stored, {}, time.perf_counter() - started)
 
 
 def load(
@@ -94,15 +98,17 @@ def load(
     config: EngineConfig,
     workloads: Sequence[Workload],
     progress: StartProgress | None = None,
+    group_size: int | None = None,
 ) -> LoadedEngine:
     """A checkpoint, or a shape with random weights; its context just holds the workloads' longest request.
 
-    Raises ConfigError where a checkpoint's context is shorter than that.
+    group_size: the shape's weights are 4-bit, in groups of so many. Raises ConfigError where a checkpoint's context
+    is shorter than that.
     """
     longest = max(workloads, key=lambda workload: workload.longest)
     config = replace(config, session_len=longest.longest, prefix_caching=wants_prefix_cache(workloads))
     if isinstance(source, ModelConfig):
-        return load_random(source, config, progress)
+        return load_random(source, config, progress, group_size)
     _check_context(source, longest)
     return load_engine(source, config, progress)
 

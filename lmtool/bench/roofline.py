@@ -17,6 +17,8 @@ STORED_BYTES: dict[str, tuple[float, float]] = {
     "float16": (2, 2),
     "bfloat16": (2, 2),
     "int4": (4 / 8 + 4 / 32, 1),  # on a CPU: 4 bits, a 16-bit scale and zero per 32 weights; the head is 8-bit
+    # on a GPU: a word for each group; the head stays in half precision
+    **{f"w4a16 g{group_size}": (4 / 8 + 4 / group_size, 2) for group_size in (32, 64, 128)},
 }
 
 

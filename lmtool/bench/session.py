@@ -35,6 +35,7 @@ class Plan:
 
     model: str | None
     shape: str | None = None
+    group_size: int | None = None
     against: str | None = None
     mixes: tuple[str, ...] = ("static",)
     batches: tuple[int, ...] = (1, 8)
@@ -52,6 +53,10 @@ class Plan:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}", f"give {least} or more")
         if min(self.batches) < 1:
             raise ConfigError(f"--batches has {min(self.batches)}", "give 1 or more")
+        if self.group_size is not None and (self.shape is None or self.group_size not in (32, 64, 128)):
+            raise ConfigError(f"--w-group-size is {self.group_size}", "give 32, 64 or 128, and a --shape")
+        if self.group_size is not None and self.against:
+            raise ConfigError("--against compares the same numbers on both sides", "leave --w-group-size out")
         if self.against not in (None, "transformers"):
             raise ConfigError(f"--against {self.against!r} is not known", "give transformers")
         if self.against and self.mixes != ("static",):
@@ -82,7 +87,11 @@ def run_offline(plan: Plan, config: EngineConfig, *, json_file: str | None = Non
         measured = limits.measure(device)
         status.update("loading")
         loaded = offline.load(
-            source, config, wanted, lambda what, done, total: status.update(f"{what}: {done} of {total}")
+            source,
+            config,
+            wanted,
+            lambda what, done, total: status.update(f"{what}: {done} of {total}"),
+            plan.group_size,
         )
         try:
             report = _measure(plan, config, source, loaded, measured, wanted, status.update)

@@ -20,6 +20,9 @@ Model = Annotated[
     typer.Option(help=f"A folder, a .gguf file, a hub id or a short name (default: {options.DEFAULT_MODEL})."),
 ]
 Shape = Annotated[str | None, typer.Option(help="Random weights in this shape instead: llama3-8b, internlm2-1_8b, …")]
+GroupSize = Annotated[
+    int | None, typer.Option("--w-group-size", help="Of --shape: 4-bit weights (W4A16) in groups of 32, 64 or 128.")
+]
 Against = Annotated[str | None, typer.Option(help="Measure in turn with 'transformers': same process, same weights.")]
 Mixes = Annotated[
     str,
@@ -40,6 +43,7 @@ def offline(
     *,
     model: Model = None,
     shape: Shape = None,
+    w_group_size: GroupSize = None,
     against: Against = None,
     mix: Mixes = "static",
     batches: Batches = "1,8",
@@ -65,6 +69,7 @@ def offline(
     plan = session.Plan(
         model=None if shape else model or options.DEFAULT_MODEL,
         shape=shape,
+        group_size=w_group_size,
         against=against,
         mixes=tuple(mix.split(",")),
         batches=numbers("--batches", batches),

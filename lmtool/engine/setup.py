@@ -27,6 +27,7 @@ from lmtool.engine.kv_cache import BLOCK_SIZE, CachePlan, plan_cache
 from lmtool.engine.model_runner import ModelRunner
 from lmtool.engine.scheduler import Scheduler
 from lmtool.errors import ConfigError, MemoryShortError
+from lmtool.layers.weights import W4
 from lmtool.models.config import ModelConfig
 from lmtool.models.decoder import Decoder
 from lmtool.models.loader import load_decoder, outline_decoder, read_model_config
@@ -79,8 +80,9 @@ def load_engine(
             core, plan = build_core(decoder, config, progress, compiling)
     finally:
         checkpoint.close()
-    stored = "int4" if keep_int4 else str(dtype).removeprefix("torch.")
-    return LoadedEngine(core, model, plan, device, stored, defaults, time.perf_counter() - started)
+    return LoadedEngine(
+        core, model, plan, device, stored_as(decoder, keep_int4), defaults, time.perf_counter() - started
+    )
 
 
 def build_core(
@@ -169,6 +171,14 @@ def _check_format(checkpoint: Checkpoint, config: EngineConfig) -> None:
             f"--model-format is {config.model_format!r}, {checkpoint.path} is {checkpoint.format!r}",
             "leave the flag out: the format is detected",
         )
+
+
+def stored_as(decoder: Decoder, keep_int4: bool) -> str:
+    """How the layers' weights are stored: 'float16', …, 'int4' on a CPU, 'w4a16 g128' on a GPU."""
+    if not keep_int4:
+        return str(decoder.dtype).removeprefix("torch.")
+    matrix = decoder.layers[0].down
+    return f"w4a16 g{matrix.tiles.group_size}" if isinstance(matrix, W4) else "int4"
 
 
 def weight_bytes(model: ModelConfig, itemsize: int, group_size: int | None = None) -> int:

@@ -109,3 +109,19 @@ def test_wrong_usage_is_one_line_and_exit_2(
     assert captured.out == ""
     assert captured.err.count("\n") == 1, captured.err
     assert message in captured.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--w-group-size", "128"], "--w-group-size is 128; give 32, 64 or 128, and a --shape"),
+        (["--shape", "tiny", "--w-group-size", "48"], "--w-group-size is 48; give 32, 64 or 128"),
+        (["--shape", "tiny", "--w-group-size", "128", "--device", "cpu"], "--w-group-size is for a GPU's"),
+        (["--shape", "tiny", "--w-group-size", "128", "--against", "transformers"], "leave --w-group-size out"),
+    ],
+)
+def test_four_bit_shapes_that_cannot_be_are_refused(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _main("bench offline", *flags) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
