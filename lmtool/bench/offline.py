@@ -28,6 +28,7 @@ from lmtool.models.loader import read_model_config
 from lmtool.models.random import random_decoder
 
 _GIB = 1 << 30
+_OF_ONE_KIND_OF_STEP = ("prefill_tokens_per_s", "decode_tokens_per_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +217,7 @@ def measure(
         num_steps=len(by_duration[len(runs) // 2].steps),
         num_preemptions=core.scheduler.counters.num_preemptions - preempted_before,
         durations_s=[run.duration_s for run in runs],
-        metrics=_metrics(runs, ideal),
+        metrics=_metrics(runs, _limits(ideal, workload)),
         num_bytes=work.num_bytes if work else None,
         flops=work.flops if work else None,
     )
@@ -238,9 +239,18 @@ def _ideal(
     )
 
 
-def _metrics(runs: Sequence[Run], ideal: Run | None) -> dict[str, Metric]:
-    found = [run.metrics() for run in runs]
+def _limits(ideal: Run | None, workload: Workload) -> dict[str, float]:
+    """What to compare with. Where requests differ, which steps have prompts in them is the scheduler's doing, and the
+    ideal machine's does otherwise: rates of one kind of step are not comparable then.
+    """
     limits = ideal.metrics() if ideal else {}
+    if len(set(workload.sizes)) > 1:
+        limits = {name: limit for name, limit in limits.items() if name not in _OF_ONE_KIND_OF_STEP}
+    return limits
+
+
+def _metrics(runs: Sequence[Run], limits: dict[str, float]) -> dict[str, Metric]:
+    found = [run.metrics() for run in runs]
     metrics = {}
     for name in found[0]:
         values = [one[name] for one in found]

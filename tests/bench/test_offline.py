@@ -50,7 +50,9 @@ def test_rates_agree_with_durations_and_limits(tiny: LoadedEngine) -> None:
     assert first.best <= first.median
     assert first.limit is not None
     assert first.ratio == pytest.approx(first.limit / first.median)
-    assert all(0 < (metric.ratio or 0) < 1 for metric in result.metrics.values())
+    shares = {name: metric.ratio for name, metric in result.metrics.items() if metric.ratio is not None}
+    assert set(result.metrics) - set(shares) == {"prefill_tokens_per_s", "decode_tokens_per_s"}, "requests differ"
+    assert all(0 < share < 1 for share in shares.values())
     assert result.num_bytes
     assert result.flops
 
