@@ -1,7 +1,9 @@
 """A step as CUDA graphs, one for each number of rows that it is padded to. Knows no model, no scheduling."""
 
+import gc
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -16,6 +18,19 @@ def bucket_sizes(max_rows: int) -> list[int]:
     """
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 512, 32), *range(512, max_rows, 256)]
     return [size for size in sizes if size < max_rows] + [max_rows]
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """What is found to be garbage now is let go of before: destroying an old engine's graph breaks a capture."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Graphs:
@@ -45,13 +60,14 @@ class Graphs:
         """
         pool = torch.cuda.graph_pool_handle()
         torch.cuda.synchronize()
-        for i, size in enumerate(reversed(self._sizes)):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                ids = self._work(size)
-            self._captured[size] = (graph, ids)
-            if progress is not None:
-                progress(f"capturing {what}", i + 1, len(self._sizes))
+        with _no_garbage_collection():
+            for i, size in enumerate(reversed(self._sizes)):
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                    ids = self._work(size)
+                self._captured[size] = (graph, ids)
+                if progress is not None:
+                    progress(f"capturing {what}", i + 1, len(self._sizes))
 
     def run(self, num_rows: int) -> Tensor:
         """The ids of all rows that there may be, valid until the next run."""

@@ -1,5 +1,6 @@
 """The engine on a GPU, with graphs and without: the CPU's answers, whatever shares a step and whenever it is read."""
 
+import gc
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -88,6 +89,21 @@ def test_answers_do_not_depend_on_when_they_are_read(depth, on_gpu, decoder, mon
     ahead = run_all(gpu_core(on_gpu), REQUESTS)
     monkeypatch.setattr(DeviceRunner, "depth", depth)
     check_equal(ahead, run_all(gpu_core(on_gpu), REQUESTS), decoder, PROMPTS)
+
+
+def test_garbage_of_an_old_engine_does_not_break_a_capture(
+    on_gpu: Decoder, alone: dict[int, list[int]], decoder
+) -> None:  # noqa: ANN001
+    """Its graphs are destroyed by whichever allocation sets the collector off: not by one inside a capture."""
+    old = gpu_core(on_gpu)
+    old.itself = old  # type: ignore[attr-defined]  # a cycle: only the collector finds it
+    del old
+    before = gc.get_threshold()
+    gc.set_threshold(20, 1, 1)
+    try:
+        check_equal(alone, run_all(gpu_core(on_gpu), REQUESTS), decoder, PROMPTS)
+    finally:
+        gc.set_threshold(*before)
 
 
 def test_sampling_depends_on_the_seed_alone(on_gpu: Decoder) -> None:
