@@ -5,15 +5,15 @@ is folded into what makes x (`groups.fold`). Here the loss is taken on the Gram 
 one product, whatever the number of calibration tokens.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from lmtool.quant.gram import gram_loss
 from lmtool.quant.grid import grid_of, rounded
 
-NUM_POINTS = 20
+# powers of the activations that are tried: first these, then both sides of the best, nearer each time
+COARSE = (0.1, 0.3, 0.5, 0.7, 0.9)
+FINER = (0.1, 0.05)
 # a loss over this many rows ranks the candidates as well as one over all
 MOST_ROWS = 128
 _SMALLEST = 1e-4
@@ -28,13 +28,25 @@ def search_scale(
     shared_by (Hkv, G): K is Hkv · G · D, and the G heads of a group take one scale (v → o under GQA).
     """
     rows = weight[:: -(-weight.shape[0] // MOST_ROWS)]
-    best, best_loss = torch.ones_like(mean_abs), _loss(rows, gram, None, group_size)
-    plain = best_loss
-    for scale in _candidates(weight, mean_abs, shared_by, group_size):
-        loss = _loss(rows, gram, scale, group_size)
-        if loss < best_loss:
-            best, best_loss = scale, loss
-    return best, best_loss / plain if plain > 0 else 1.0
+    plain = _loss(rows, gram, None, group_size)
+    activations, weights = _share(mean_abs, shared_by), _share(_weight_term(weight, group_size), shared_by)
+
+    def scale_at(power: float, by_weights: bool) -> Tensor:
+        scale = activations**power
+        return _normalised(scale / weights ** (1 - power) if by_weights else scale)
+
+    def loss_at(power: float, by_weights: bool) -> float:
+        return _loss(rows, gram, scale_at(power, by_weights), group_size)
+
+    tried = {(power, by_weights): loss_at(power, by_weights) for power in COARSE for by_weights in (False, True)}
+    for step in FINER:
+        power, by_weights = min(tried, key=lambda point: tried[point])
+        for near in (power - step, power + step):
+            tried[near, by_weights] = loss_at(near, by_weights)
+    point = min(tried, key=lambda point: tried[point])
+    if not tried[point] < plain:
+        return torch.ones_like(mean_abs), 1.0
+    return scale_at(*point), tried[point] / plain
 
 
 def smoothing_scale(
@@ -52,18 +64,6 @@ def _loss(weight: Tensor, gram: Tensor, scale: Tensor | None, group_size: int) -
         scaled = weight * scale
         delta = rounded(scaled, grid_of(scaled, group_size)).div_(scale).sub_(weight)
     return float(gram_loss(delta, gram).sum())
-
-
-def _candidates(
-    weight: Tensor, mean_abs: Tensor, shared_by: tuple[int, int] | None, group_size: int
-) -> Iterator[Tensor]:
-    activations = _share(mean_abs, shared_by)
-    weights = _share(_weight_term(weight, group_size), shared_by)
-    for i in range(1, NUM_POINTS + 1):
-        power = i / NUM_POINTS
-        yield _normalised(activations**power)
-        if i < NUM_POINTS:
-            yield _normalised(activations**power / weights ** (1 - power))
 
 
 def _weight_term(weight: Tensor, group_size: int) -> Tensor:

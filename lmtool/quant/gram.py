@@ -7,7 +7,7 @@ touches the tokens again, and its cost does not grow with them.
 import torch
 from torch import Tensor
 
-_PANEL = 384  # columns; below the diagonal of panels G is the mirror of what is above
+_PANEL = 192  # columns; below the diagonal of panels G is the mirror of what is above
 
 
 class Statistics:

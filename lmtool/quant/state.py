@@ -1,6 +1,7 @@
 """`.state/` of a work dir: what is done, so that the same command goes on where it was killed, to the same bytes.
 
     fingerprint.json        the model, the text and the options; another command may not go on from here
+    threads.json            how many threads the first run had
     hidden-00003.f32        hidden states in front of block 3, a mapped file: the page cache keeps what fits
     block-00002.safetensors tensors of block 2 as the model's files will hold them
     block-00002.json        its errors; written last, and so what says that the block is done
@@ -41,6 +42,13 @@ class State:
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(written, fingerprint)
+
+    def num_threads(self, available: int) -> int:
+        """Of the run that began this state, this one if it does: how many share a sum decides the sum's last bits."""
+        written = self.folder / "threads.json"
+        if not written.exists():
+            write_json(written, {"num_threads": available})
+        return int(read_json(written)["num_threads"])
 
     @property
     def blocks_done(self) -> int:

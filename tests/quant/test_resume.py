@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lmtool.errors import ConfigError
+from lmtool.quant.state import State
 from tests.quant.models import run, text_file, tiny_folder
 
 SCRIPT = """
@@ -90,3 +91,10 @@ def test_another_model_in_the_same_work_dir_is_refused(tmp_path: Path) -> None:
     run(tiny_folder(tmp_path / "model"), out, text)
     with pytest.raises(ConfigError, match="other options: model"):
         run(tiny_folder(tmp_path / "other", rms_norm_eps=1e-6), out, text)
+
+
+def test_a_resumed_run_has_as_many_threads_as_the_first(tmp_path: Path) -> None:
+    first = State(tmp_path, {"model": "m"}, (0,), fresh=False)
+    assert first.num_threads(available=2) == 2
+    assert State(tmp_path, {"model": "m"}, (0,), fresh=False).num_threads(available=1) == 2
+    assert State(tmp_path, {"model": "m"}, (0,), fresh=True).num_threads(available=1) == 1
