@@ -20,7 +20,7 @@ from lmtool.models.decoder import Decoder
 from lmtool.models.loader import Source, load_decoder, outline_decoder, read_model_config
 from lmtool.models.registry import family
 from tests.quant.models import DIFFERENCES, tiny_folder
-from tests.support import all_logits
+from tests.support import all_logits, request, run_all
 
 GROUP = 32
 IDS = [5, 17, 3, 44, 8, 21, 60, 2, 9, 11, 30, 7]
@@ -208,3 +208,27 @@ def test_a_config_that_speaks_of_codes_where_there_are_numbers(tmp_path: Path) -
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="says awq, but no matrix is quantized"):
         open_checkpoint(folder)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_card_the_answers_are_those_of_the_numbers(kind: str, tmp_path: Path) -> None:
+    """Alone, a few together and a prompt of hundreds: each kernel of these weights, in the engine's own graphs."""
+    folder = quantize(tiny_folder(tmp_path / "m", intermediate_size=128, max_position_embeddings=512), **KINDS[kind])
+    loaded = load_engine(folder, EngineConfig(device="cuda", dtype="float16", cache_gb=0.1, max_batch_size=8))
+    assert loaded.weights == "w4a16 g32"
+    generator = torch.Generator().manual_seed(4)
+    lengths = (3, 30, 300)
+    prompts = {i: torch.randint(0, 200, (n,), generator=generator).tolist() for i, n in enumerate(lengths)}
+    requests = [request(i, prompt, max_new_tokens=30) for i, prompt in prompts.items()]
+    together = run_all(loaded.core, requests)
+    answers = together | {i + 10: run_all(loaded.core, [one])[i] for i, one in enumerate(requests)}
+    dense, compared = load(folder / "dense"), 0
+    for number, answer in answers.items():
+        prompt = prompts[number % 10]
+        top = torch.topk(all_logits(dense, [*prompt, *answer])[len(prompt) - 1 : -1], 2)
+        for step, token_id in enumerate(answer):
+            if top.values[step, 0] - top.values[step, 1] > 2e-2:
+                assert token_id == int(top.indices[step, 0]), (number, step)
+                compared += 1
+    assert compared > 0.8 * 30 * len(answers)
