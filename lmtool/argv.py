@@ -15,7 +15,7 @@ ENGINE_WORDS = {"turbomind": "turbomind", "pytorch": "pytorch", "torch": "pytorc
 ENGINE_COMMANDS = {"chat"}
 
 # commands whose MODEL may also be given as `--model MODEL`
-MODEL_COMMANDS = {"chat", "lite auto-awq", "lite calibrate"}
+MODEL_COMMANDS = {"chat", "lite auto-awq", "lite calibrate", "lite eval"}
 
 # a boolean flag -> what to say for an explicit False; None: saying nothing means False
 BOOLEAN_FLAGS: dict[str, str | None] = {

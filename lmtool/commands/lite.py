@@ -6,9 +6,11 @@ from typing import Annotated
 import typer
 
 from lmtool.commands import options
+from lmtool.commands.lite_eval import evaluate
 from lmtool.errors import ConfigError
 
 app = typer.Typer(help="Make a model smaller, and measure what it cost.", no_args_is_help=True)
+app.command("eval")(evaluate)
 
 _CALIBRATION = "Calibration text"
 _FORMAT = "Format"

@@ -93,7 +93,7 @@ def build_core(
 ) -> tuple[EngineCore, CachePlan]:
     """The engine around a decoder that is in memory. compiling: its kernels. Raises MemoryShortError."""
     plan = plan_cache(config, decoder.config, decoder.dtype, decoder.device, free_bytes(decoder.device))
-    budget = _batched_tokens(config, decoder.device)
+    budget = batched_tokens(config, decoder.device)
     on_gpu = decoder.device.type == "cuda"
     runner = (
         _device_runner(decoder, plan, config, progress, compiling)
@@ -110,7 +110,8 @@ def build_core(
     return EngineCore(scheduler, LocalExecutor(runner), session_len=plan.session_len), plan
 
 
-def _batched_tokens(config: EngineConfig, device: torch.device) -> int:
+def batched_tokens(config: EngineConfig, device: torch.device) -> int:
+    """The token budget of one step."""
     return config.max_batched_tokens or _DEFAULT_BATCHED_TOKENS[device.type]
 
 
@@ -121,7 +122,7 @@ def compile_steps(outline: Decoder, config: EngineConfig, device: torch.device) 
     """
     session_len = config.session_len or outline.config.max_positions
     plan = CachePlan(num_blocks=2, block_size=BLOCK_SIZE, block_bytes=0, session_len=session_len)
-    budget = _batched_tokens(config, device)
+    budget = batched_tokens(config, device)
 
     def rehearse() -> None:
         DeviceRunner(outline, plan, max_batch_size=config.max_batch_size).rehearse(budget)
@@ -146,13 +147,31 @@ def _device_runner(
         if compiling is not None:
             compiling.wait(partial(progress, "compiling kernels") if progress else None)
             _log.info("kernels compiled after another %.1f s", time.perf_counter() - started)
-        budget = _batched_tokens(config, decoder.device)
+        budget = batched_tokens(config, decoder.device)
         runner.warm_up(max_batched_tokens=budget, cuda_graphs=config.cuda_graphs, progress=progress)
     _log.info("decode steps captured after another %.1f s", time.perf_counter() - started)
     return runner
 
 
 # ---------------------------------------------------------------------- weights
+def open_decoder(path: Path, config: EngineConfig, progress: StartProgress | None = None) -> tuple[Decoder, str]:
+    """The weights alone, stored as the engine would, and how that is: for who drives the decoder itself.
+
+    Raises as `load_engine` does.
+    """
+    device = choose_device(config.device)
+    checkpoint = open_checkpoint(path)
+    try:
+        _check_format(checkpoint, config)
+        model = read_model_config(checkpoint.config)
+        keep_int4 = _keeps_int4(checkpoint, config, device)
+        dtype = torch.float32 if keep_int4 and device.type == "cpu" else choose_dtype(config.dtype, model, device)
+        decoder = _load(checkpoint, model, config, dtype, device, keep_int4, progress)
+    finally:
+        checkpoint.close()
+    return decoder, "int4" if keep_int4 else str(dtype).removeprefix("torch.")
+
+
 def _keeps_int4(checkpoint: Checkpoint, config: EngineConfig, device: torch.device) -> bool:
     """Whether 4-bit weights are used as they are.
 

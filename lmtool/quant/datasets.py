@@ -26,7 +26,7 @@ def calibration_ids(options: CalibrationOptions, tokenizer: Tokenizer) -> Tensor
     Raises ConfigError for a file that is missing, is not what its name says or holds too little text.
     """
     assert options.dataset is not None
-    ids = [token for text in _documents(Path(options.dataset)) for token in _encode(text, tokenizer)]
+    ids = text_ids(Path(options.dataset), tokenizer)
     wanted = options.samples * options.seqlen
     if len(ids) < wanted:
         fits = len(ids) // options.seqlen
@@ -42,48 +42,52 @@ def calibration_ids(options: CalibrationOptions, tokenizer: Tokenizer) -> Tensor
     return torch.stack([flat[start : start + options.seqlen] for start in starts])
 
 
+def text_ids(path: Path, tokenizer: Tokenizer, flag: str = "--calib-dataset") -> list[int]:
+    """All tokens of a file's or a folder's documents, one after the other. Raises ConfigError, which names ``flag``."""
+    return [token for text in _documents(path, flag) for token in _encode(text, tokenizer)]
+
+
 # ------------------------------------------------------------------ files
 
 Document = str | list[dict[str, Any]]  # a text, or the messages of a conversation
 
 
-def _documents(path: Path) -> Iterator[Document]:
-    for file in _files(path):
+def _documents(path: Path, flag: str) -> Iterator[Document]:
+    for file in _files(path, flag):
         try:
-            yield from _read(file)
+            yield from _read(file, flag)
         except UnicodeDecodeError as error:
-            raise ConfigError(f"--calib-dataset {file} is not UTF-8 text: {error.reason}", "convert it") from None
+            raise ConfigError(f"{flag} {file} is not UTF-8 text: {error.reason}", "convert it") from None
         except OSError as error:
-            raise ConfigError(f"--calib-dataset {file} cannot be read: {error.strerror}", "give another file") from None
+            raise ConfigError(f"{flag} {file} cannot be read: {error.strerror}", "give another file") from None
 
 
-def _files(path: Path) -> list[Path]:
+def _files(path: Path, flag: str) -> list[Path]:
     if path.is_file():
         if path.suffix.lower() not in SUFFIXES:
-            raise ConfigError(f"--calib-dataset {path} is none of {', '.join(SUFFIXES)}", "rename or convert it")
+            raise ConfigError(f"{flag} {path} is none of {', '.join(SUFFIXES)}", "rename or convert it")
         return [path]
     if not path.is_dir():
-        raise ConfigError(f"--calib-dataset {path} does not exist", "give a file or a folder of text")
+        raise ConfigError(f"{flag} {path} does not exist", "give a file or a folder of text")
     files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in SUFFIXES)
     if not files:
-        raise ConfigError(f"--calib-dataset {path} holds no {', '.join(SUFFIXES)}", "give a folder with such files")
+        raise ConfigError(f"{flag} {path} holds no {', '.join(SUFFIXES)}", "give a folder with such files")
     return files
 
 
-def _read(file: Path) -> Iterable[Document]:
+def _read(file: Path, flag: str) -> Iterable[Document]:
     text = file.read_text(encoding="utf-8")
     suffix = file.suffix.lower()
     if suffix == ".jsonl":
         lines = [line for line in text.splitlines() if line.strip()]
-        return [
-            _document(_json(line, f"{file}, line {i + 1}"), f"{file}, line {i + 1}") for i, line in enumerate(lines)
-        ]
+        places = [f"{flag} {file}, line {i + 1}" for i in range(len(lines))]
+        return [_document(_json(line, place), place) for line, place in zip(lines, places, strict=True)]
     if suffix == ".json":
-        value = _json(text, str(file))
+        value = _json(text, f"{flag} {file}")
         # one conversation is a list of messages; anything else that is a list holds documents
         if isinstance(value, list) and not _is_conversation(value):
-            return [_document(item, f"{file}, entry {i + 1}") for i, item in enumerate(value)]
-        return [_document(value, str(file))]
+            return [_document(item, f"{flag} {file}, entry {i + 1}") for i, item in enumerate(value)]
+        return [_document(value, f"{flag} {file}")]
     return [text]
 
 
@@ -91,7 +95,7 @@ def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise ConfigError(f"--calib-dataset {where} is not JSON: {error}", "mend or remove it") from None
+        raise ConfigError(f"{where} is not JSON: {error}", "mend or remove it") from None
 
 
 def _document(value: Any, where: str) -> Document:
@@ -107,7 +111,7 @@ def _document(value: Any, where: str) -> Document:
             if isinstance(value.get(key), str):
                 return str(value[key])
     raise ConfigError(
-        f"--calib-dataset {where} holds neither a text nor messages",
+        f"{where} holds neither a text nor messages",
         'give "…", {"text": "…"} or {"messages": [{"role": …, "content": …}]}',
     )
 
