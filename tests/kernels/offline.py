@@ -185,7 +185,7 @@ def main(capabilities: list[int]) -> None:
             found |= {name: kwargs[name] for name in ("D", "BLOCK_T", "num_warps")}
             found["loop"] = len(product_loop(cubin))
         if self is w4_few.few_rows_kernel and capability >= launch.HOPPER:
-            found |= {name: kwargs[name] for name in ("NT", "GROUPS", "num_warps")}
+            found |= {name: kwargs[name] for name in ("VALUES", "GROUPS", "num_warps")}
             turn = straight(product_loop(cubin))
             found |= {"loop": len(turn), "conversions": sum("I2F" in instruction for instruction in turn)}
         print(json.dumps(found), flush=True)

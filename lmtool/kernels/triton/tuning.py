@@ -44,8 +44,36 @@ class LibraryConfig(NamedTuple):
     above: int
 
 
+class W4FewConfig(NamedTuple):
+    """Up to 16 rows: each of ``num_warps`` warps has rows of tiles of its own; a program takes ``turns`` tiles of each.
+
+    ``early``: hold the next tile in registers for a whole turn; ``registers``: what a thread may have.
+    """
+
+    num_warps: int
+    turns: int
+    early: bool
+    registers: int
+
+
+class W4WideConfig(NamedTuple):
+    """``block_m`` rows of x and 16 · ``num_warps`` · ``high`` of the weights a program, ``split`` programs along K."""
+
+    block_m: int
+    num_warps: int
+    high: int
+    split: int
+    num_stages: int
+
+
 # the kernels that a table may hold, and what it says about each
-CONFIGS: dict[str, type] = {"rows": RowConfig, "tiles": TileConfig, "library": LibraryConfig}
+CONFIGS: dict[str, type] = {
+    "rows": RowConfig,
+    "tiles": TileConfig,
+    "library": LibraryConfig,
+    "w4_few": W4FewConfig,
+    "w4_wide": W4WideConfig,
+}
 
 _forced: ContextVar[tables.Table | None] = ContextVar("forced_tuning", default=None)
 
@@ -106,38 +134,25 @@ def max_rows(capability: int, num_out: int, num_in: int, *, paired: bool, itemsi
     return _LIBRARY_ABOVE if found is None else found.above
 
 
-class W4FewConfig(NamedTuple):
-    """Up to 16 rows: each of ``num_warps`` warps has a tile of its own; a program takes ``turns`` of them.
-
-    ``registers``: what a thread may have, 0 for no limit: one more program on a multiprocessor is worth a few spills.
-    """
-
-    num_warps: int
-    turns: int
-    registers: int
-
-
-class W4WideConfig(NamedTuple):
-    """``block_m`` rows of x and 16 · ``num_warps`` · ``high`` of the weights a program, ``split`` programs along K."""
-
-    block_m: int
-    num_warps: int
-    high: int
-    split: int
-    num_stages: int
+def w4_few_config(
+    capability: int, num_rows: int, num_out: int, num_in: int, *, paired: bool, group_size: int
+) -> W4FewConfig:
+    """For ``num_out`` × ``num_in`` filled up to whole tiles. As many programs as registers leave room for at once."""
+    found = _find(capability, tables.Key("w4_few", num_out, num_in, paired, 2), num_rows)
+    if found is not None:
+        return found
+    tiles_n = num_out // 32
+    num_warps = 4 if tiles_n % 4 == 0 else 2 if tiles_n % 2 == 0 else 1
+    # smaller groups want more registers, as do more rows; whoever gets too few spills
+    programs = (5 if num_rows <= 8 else 4) - (group_size < 128)
+    turns = -(-(tiles_n // num_warps * (num_in // 128)) // (132 * programs * 4 // num_warps))
+    return W4FewConfig(num_warps, turns, early=num_rows <= 8, registers={5: 96, 4: 128, 3: 168}[programs])
 
 
-def w4_few_config(capability: int, num_rows: int, num_out: int, num_in: int) -> W4FewConfig:
-    """For ``num_out`` × ``num_in`` filled up to whole tiles. Programs for every slot of the card at once."""
-    num_warps = 4 if num_in % 512 == 0 else 2
-    slots = 528 * 4 // num_warps if num_rows <= 8 else 396 * 4 // num_warps  # registers leave room for no more
-    work = num_out // 32 * (num_in // 128 // num_warps)
-    turns = max(1, -(-work // slots))
-    limit = 104 if capability >= _HOPPER and num_rows <= 8 else 0
-    return W4FewConfig(num_warps, turns, limit)
-
-
-def w4_wide_config(capability: int, num_rows: int, num_out: int, num_in: int) -> W4WideConfig:
+def w4_wide_config(capability: int, num_rows: int, num_out: int, num_in: int, *, paired: bool) -> W4WideConfig:
+    found = _find(capability, tables.Key("w4_wide", num_out, num_in, paired, 2), num_rows)
+    if found is not None:
+        return found
     tall = num_out >= 16384
     if capability < _HOPPER:
         return W4WideConfig(64, 4, 1, 1, 2)

@@ -116,23 +116,30 @@ def _sorted(x: Tensor, weight: W4Tiles, norm_weight: Tensor | None, eps: float) 
 def _launch_few(x: Tensor, weight: W4Tiles, bias: Tensor, out: Tensor, flags: dict[str, Any]) -> None:
     num_rows = out.shape[0]
     rows_of_tiles, tiles_k = weight.tiles.shape[:2]
-    config = tuning.w4_few_config(arch(x.device), num_rows, rows_of_tiles * 32, tiles_k * 128)
-    turns_of_row = tiles_k // config.num_warps
-    shared_by = (turns_of_row - 1) // config.turns + 2
-    columns = 1 if num_rows == 1 else 8 * triton.cdiv(num_rows, 8)
-    limits = {"maxnreg": config.registers} if config.registers else {}
-    few_rows_kernel[(triton.cdiv(rows_of_tiles * turns_of_row, config.turns),)](
+    config = tuning.w4_few_config(
+        arch(x.device),
+        num_rows,
+        rows_of_tiles * 32,
+        tiles_k * 128,
+        paired=weight.paired,
+        group_size=weight.group_size,
+    )
+    blocks = rows_of_tiles // config.num_warps
+    shared_by = (tiles_k - 1) // config.turns + 2
+    values = 4 if num_rows == 1 else 8 * triton.cdiv(num_rows, 8)
+    limits = {"maxnreg": config.registers} if arch(x.device) else {}
+    few_rows_kernel[(triton.cdiv(blocks * tiles_k, config.turns),)](
         x,
         weight.tiles,
         bias,
         out,
-        torch.empty(rows_of_tiles * shared_by * 32 * columns, dtype=torch.float32, device=x.device),
+        torch.empty(rows_of_tiles * shared_by * 32 * values, dtype=torch.float32, device=x.device),
         arrival_counters(x.device),
         num_rows,
-        NT=1 if num_rows <= 8 else 2,
+        VALUES=values,
         NW=config.num_warps,
         TURNS=config.turns,
-        ONE=num_rows == 1,
+        EARLY=config.early,
         SORTED=num_rows > 1,
         num_warps=config.num_warps,
         **flags,
@@ -143,7 +150,7 @@ def _launch_few(x: Tensor, weight: W4Tiles, bias: Tensor, out: Tensor, flags: di
 def _launch_wide(x: Tensor, weight: W4Tiles, bias: Tensor, out: Tensor, flags: dict[str, Any]) -> None:
     num_rows = out.shape[0]
     rows_of_tiles, tiles_k = weight.tiles.shape[:2]
-    config = tuning.w4_wide_config(arch(x.device), num_rows, rows_of_tiles * 32, tiles_k * 128)
+    config = tuning.w4_wide_config(arch(x.device), num_rows, rows_of_tiles * 32, tiles_k * 128, paired=weight.paired)
     block_n = 16 * config.num_warps * config.high
     grid = (triton.cdiv(rows_of_tiles * 32, block_n), triton.cdiv(num_rows, config.block_m), config.split)
     num_partials = grid[0] * grid[1] * config.split * block_n * config.block_m if config.split > 1 else 0
