@@ -18,8 +18,12 @@ _RUN = "Run"
 
 WorkDir = Annotated[Path, typer.Option(metavar="FOLDER", help="Where the result goes.", rich_help_panel=_RUN)]
 CalibDataset = Annotated[
-    str | None,
-    typer.Option(metavar="FILE|FOLDER", help="Text: txt, md, jsonl or json.", rich_help_panel=_CALIBRATION),
+    str,
+    typer.Option(
+        metavar="self|FILE|FOLDER|NAME",
+        help="self: what the model writes itself; txt, md, jsonl or json; or c4, ptb, wikitext2, pileval from the hub.",
+        rich_help_panel=_CALIBRATION,
+    ),
 ]
 CalibSamples = Annotated[int, typer.Option(help="Sequences; 0: plain rounding.", rich_help_panel=_CALIBRATION)]
 CalibSeqlen = Annotated[int, typer.Option(help="Tokens of each sequence.", rich_help_panel=_CALIBRATION)]
@@ -53,6 +57,10 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …", rich_h
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="Start over instead of going on where a run stopped.", rich_help_panel=_RUN)
 ]
+EvalWindows = Annotated[
+    int,
+    typer.Option(help="Stretches of text on which it is compared to the original; 0: none.", rich_help_panel=_RUN),
+]
 
 
 @app.command("auto-awq")
@@ -60,7 +68,7 @@ def auto_awq(
     model: options.Model,
     *,
     work_dir: WorkDir = Path("./work_dir"),
-    calib_dataset: CalibDataset = None,
+    calib_dataset: CalibDataset = "self",
     calib_samples: CalibSamples = 64,
     calib_seqlen: CalibSeqlen = 512,
     batch_size: BatchSize = 4,
@@ -76,30 +84,36 @@ def auto_awq(
     revision: options.Revision = None,
     download_dir: options.DownloadDir = None,
     fresh: Fresh = False,
+    eval_windows: EvalWindows = 8,
 ) -> None:
     """Quantize a model's weights to 4 bits (AWQ's format); the same command again goes on where it was stopped."""
     from lmtool.quant.options import CalibrationOptions, QuantOptions
 
+    if eval_windows < 0:
+        raise ConfigError(f"--eval-windows is {eval_windows}", "give 0 (no evaluation) or more")
     calibration = CalibrationOptions(
         dataset=calib_dataset, samples=calib_samples, seqlen=calib_seqlen, batch_size=batch_size, seed=seed
     )
     quant = QuantOptions(
         method=method, bits=w_bits, symmetric=w_sym, group_size=w_group_size, skip=tuple(skip or ()), dtype=dtype
     )
-    needs_text = quant.searches and calibration.samples > 0
-    _check_dataset(calib_dataset, needs_text)
 
     from lmtool.checkpoint.hub import resolve_model
     from lmtool.commands.lite_progress import QuantProgress
+    from lmtool.commands.lite_report import Meter, finish
+    from lmtool.commands.lite_self import sampler
     from lmtool.engine.device import choose_device
     from lmtool.quant.job import Job
     from lmtool.quant.pipeline import quantize
 
     source = resolve_model(model, revision=revision, download_dir=download_dir)
-    job = Job(source, work_dir, quant, calibration, choose_device(device), fresh)
+    job = Job(source, work_dir, quant, calibration, choose_device(device), fresh, sampler(source, device))
+    meter = Meter()
     with QuantProgress(work_dir) as progress:
         quality = quantize(job, progress)
-    progress.show(quality)
+    if progress.num_blocks_run:
+        quality["run"] = meter.read(progress.num_blocks_run)
+    progress.show(finish(job, quality, eval_windows, device))
 
 
 @app.command()
@@ -107,7 +121,7 @@ def calibrate(
     model: options.Model,
     *,
     work_dir: WorkDir = Path("./work_dir"),
-    calib_dataset: CalibDataset = None,
+    calib_dataset: CalibDataset = "self",
     calib_samples: CalibSamples = 64,
     calib_seqlen: CalibSeqlen = 512,
     batch_size: BatchSize = 4,
@@ -124,26 +138,23 @@ def calibrate(
     )
     if calibration.samples == 0:
         raise ConfigError("--calib-samples is 0", "give 1 or more: there is nothing to see without text")
-    _check_dataset(calib_dataset, needed=True)
 
     from lmtool.checkpoint.hub import resolve_model
     from lmtool.commands.lite_progress import block_bar
+    from lmtool.commands.lite_self import sampler
     from lmtool.engine.device import choose_device
     from lmtool.quant.calibrate import FOLDER
     from lmtool.quant.calibrate import calibrate as run
     from lmtool.quant.datasets import calibration_ids
+    from lmtool.quant.options import SELF
+    from lmtool.quant.own_text import own_text
     from lmtool.tokenizer import load_tokenizer
 
     source, on_device = resolve_model(model, revision=revision, download_dir=download_dir), choose_device(device)
-    ids = calibration_ids(calibration, load_tokenizer(source))
+    if calib_dataset == SELF:
+        ids = own_text(work_dir, source, calibration, sampler(source, device))
+    else:
+        ids = calibration_ids(calibration, load_tokenizer(source))
     with block_bar("calibrating") as progress:
         run(source, work_dir, ids, batch_size=batch_size, device=on_device, progress=progress)
     typer.echo(f"{work_dir / FOLDER} holds key_value.safetensors and inputs.safetensors")
-
-
-def _check_dataset(dataset: str | None, needed: bool) -> None:
-    if needed and dataset is None:
-        raise ConfigError(
-            "the search needs calibration text",
-            "give --calib-dataset FILE, or --calib-samples 0",
-        )

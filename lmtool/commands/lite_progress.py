@@ -36,6 +36,7 @@ class QuantProgress:
         self._plan: Plan | None = None
         self._started = time.perf_counter()
         self._timed = False
+        self.num_blocks_run = 0
 
     def __enter__(self) -> "QuantProgress":
         return self
@@ -65,6 +66,7 @@ class QuantProgress:
     def block_done(self, block: int, report: Mapping[str, Any], seconds: float) -> None:
         assert self._task is not None
         assert self._plan is not None
+        self.num_blocks_run += 1
         if not self._timed:
             left = self._plan.num_blocks - block - 1
             self._console.print(f"a block takes {seconds:.1f} s: about {seconds * left:.0f} s for the other {left}")
@@ -91,6 +93,8 @@ class QuantProgress:
             table.add_row(group, f"{plain:.2%}", f"{error:.2%}", ratio)
         if table.row_count:
             Console().print(table)
+        if quality["evaluation"]:
+            Console().print(_losses(quality["evaluation"]))
         fallbacks = quality["fallbacks"]
         note = f"; {len(fallbacks)} linears were rounded plainly, see lmtool-quality.json" if fallbacks else ""
         ready = f"{self._work_dir} is ready: lmtool chat {self._work_dir}{note}"
@@ -119,6 +123,26 @@ def _errors(report: Mapping[str, Any]) -> str:
     plain = sum(entry["error_plain"] for entry in measured) / len(measured)
     error = sum(entry["error"] for entry in measured) / len(measured)
     return f"error {plain:.2%} → {error:.2%}"
+
+
+def _losses(found: Mapping[str, Any]) -> Table:
+    table = Table(title=f"{found['text']['name']}, {found['num_windows']} windows of {found['window_len']} tokens")
+    for name in ("", "original", "quantized", "± standard error"):
+        table.add_column(name, justify="right" if name else "left")
+
+    def error(figure: Mapping[str, Any], form: str) -> str:
+        return "–" if figure["stderr"] is None else form.format(figure["stderr"])
+
+    perplexity = found["perplexity"]
+    original = f"{found['original_perplexity']['value']:.3f}"
+    table.add_row("perplexity", original, f"{perplexity['value']:.3f}", error(perplexity, "{:.3f}"))
+    for name, key, form in (
+        ("KL, nats a token", "kl", "{:.4f}"),
+        ("loss less the original's", "delta_nll", "{:.4f}"),
+        ("same likeliest token", "top1_agreement", "{:.2%}"),
+    ):
+        table.add_row(name, "", form.format(found[key]["value"]), error(found[key], form))
+    return table
 
 
 def _by_group(quality: Mapping[str, Any]) -> dict[str, tuple[float, float]]:

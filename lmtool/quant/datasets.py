@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from lmtool.errors import ConfigError
-from lmtool.quant.options import CalibrationOptions
+from lmtool.quant.hub_datasets import hub_texts
+from lmtool.quant.options import HUB_DATASETS, CalibrationOptions
 from lmtool.tokenizer import Tokenizer
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".json")
+_CHARACTERS_A_TOKEN = 16  # at most, in any text that is language
 _TEXT_KEYS = ("text", "content")
 _MESSAGE_KEYS = ("messages", "conversations", "conversation")
 
@@ -25,8 +27,11 @@ def calibration_ids(options: CalibrationOptions, tokenizer: Tokenizer) -> Tensor
 
     Raises ConfigError for a file that is missing, is not what its name says or holds too little text.
     """
-    assert options.dataset is not None
-    ids = text_ids(Path(options.dataset), tokenizer)
+    if options.dataset in HUB_DATASETS and not Path(options.dataset).exists():
+        enough = _CHARACTERS_A_TOKEN * options.samples * options.seqlen
+        ids = [token for text in hub_texts(options.dataset, enough) for token in _encode(text, tokenizer)]
+    else:
+        ids = text_ids(Path(options.dataset), tokenizer)
     wanted = options.samples * options.seqlen
     if len(ids) < wanted:
         fits = len(ids) // options.seqlen

@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ class Job:
     calibration: CalibrationOptions
     device: torch.device
     fresh: bool = False
-    # from elsewhere than a file: text the model samples itself, a hub's data set. int64 [samples, seqlen]
-    ids: Tensor | None = None
+    # how `--calib-dataset self` gets its text, int64 [samples, seqlen]: by an engine, which is not known here
+    sample: Callable[[CalibrationOptions], Tensor] | None = None
 
 
 def check(blocks: Blocks, job: Job) -> list[str]:
@@ -50,6 +51,11 @@ def check(blocks: Blocks, job: Job) -> list[str]:
     if job.options.skip and not skipped:
         example = next(iter(in_features))
         raise ConfigError(f"--skip {' '.join(job.options.skip)} names no linear", f"names are like {example}")
+    context = blocks.config.max_positions
+    if job.options.searches and job.calibration.seqlen > context:
+        raise ConfigError(
+            f"--calib-seqlen is {job.calibration.seqlen}, the model's context is {context}", "give a smaller one"
+        )
     check_sizes(job.options.group_size, in_features, out_features)
     _check_work_dir(job)
     return skipped
@@ -84,7 +90,7 @@ def describe(job: Job, ids: Tensor | None) -> dict[str, Any]:
     options = asdict(job.options) | {"skip": list(job.options.skip)}
     fingerprint = {
         "lmtool": __version__,
-        "model": _model_digest(job.model),
+        "model": model_digest(job.model),
         **options,
         "calibration": text,
         "batch_size": job.calibration.batch_size if ids is not None else None,
@@ -93,7 +99,7 @@ def describe(job: Job, ids: Tensor | None) -> dict[str, Any]:
     return {"fingerprint": fingerprint, "report": {"model": str(job.model), "calibration": text}}
 
 
-def _model_digest(model: Path) -> str:
+def model_digest(model: Path) -> str:
     """Of every file's name and size and the first and last MiB of the weights."""
     digest = hashlib.sha256()
     files = [model] if model.is_file() else sorted([*model.glob("*.safetensors"), *model.glob("*.json")])

@@ -8,6 +8,8 @@ from lmtool.errors import ConfigError
 
 METHODS = ("rtn", "smooth", "awq", "gptq", "best")
 GROUP_SIZES = (32, 64, 128)
+SELF = "self"
+HUB_DATASETS = ("c4", "ptb", "wikitext2", "pileval")
 _WORDS_A_CODE = 8  # AWQ packs eight output columns into an int32
 
 
@@ -15,14 +17,14 @@ _WORDS_A_CODE = 8  # AWQ packs eight output columns into an int32
 class CalibrationOptions:
     """Which text the statistics come from.
 
-    dataset     a file or a folder of txt, jsonl or json; None: none was named
+    dataset     a file or a folder of txt, jsonl or json; 'self': what the model samples; or a hub's data set
     samples     sequences; 0: no calibration
     seqlen      tokens of each
     batch_size  sequences in one product
     seed        which stretches of the text are taken
     """
 
-    dataset: str | None = None
+    dataset: str = SELF
     samples: int = 64
     seqlen: int = 512
     batch_size: int = 4

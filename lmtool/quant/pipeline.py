@@ -23,8 +23,9 @@ from lmtool.quant.gram import Statistics
 from lmtool.quant.groups import GROUPS
 from lmtool.quant.job import Job, check, check_disk, describe
 from lmtool.quant.layers import Blocks, skipped_groups
-from lmtool.quant.options import QuantOptions
+from lmtool.quant.options import SELF, QuantOptions
 from lmtool.quant.output import QUALITY, write_model
+from lmtool.quant.own_text import own_text
 from lmtool.quant.plan import Plan, plan_run
 from lmtool.quant.search import Outcome, quantize_block
 from lmtool.quant.state import State
@@ -154,7 +155,9 @@ def _entry(blocks: Blocks, i: int, outcome: Outcome) -> dict[str, Any]:
 def _ids(job: Job, tokenizer: Any) -> Tensor | None:
     if not job.options.searches:
         return None
-    return job.ids if job.ids is not None else calibration_ids(job.calibration, tokenizer)
+    if job.sample is not None and job.calibration.dataset == SELF:
+        return own_text(job.work_dir, job.model, job.calibration, job.sample, fresh=job.fresh)
+    return calibration_ids(job.calibration, tokenizer)
 
 
 def _finished(job: Job, about: Mapping[str, Any]) -> dict[str, Any] | None:

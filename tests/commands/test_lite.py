@@ -47,12 +47,15 @@ def test_the_course_s_calibrate_and_then_auto_awq_in_its_folder(here: Path) -> N
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("auto_awq model", "the search needs calibration text; give --calib-dataset FILE, or --calib-samples 0"),
+        ("auto_awq model --w-group-size 32", "--calib-seqlen is 512, the model's context is 128; give a smaller one"),
         (
-            "auto_awq model --w-group-size 32 --calib-dataset none.txt",
+            "auto_awq model --w-group-size 32 --calib-seqlen 64 --calib-dataset none.txt",
             "--calib-dataset none.txt does not exist; give a file or a folder",
         ),
-        ("auto_awq model --w-group-size 32 --calib-dataset model/config.toml", "is none of .txt, .md, .jsonl, .json"),
+        (
+            "auto_awq model --w-group-size 32 --calib-seqlen 64 --calib-dataset model/config.toml",
+            "is none of .txt, .md, .jsonl, .json",
+        ),
         ("auto_awq model --calib-samples 0", "--w-group-size 128 does not divide the 64 inputs of model.layers.0"),
         ("auto_awq model --w-bits 8", "--w-bits is 8; give 4"),
         ("auto_awq model --w-sym", "--w-sym is True; give False"),
@@ -63,7 +66,7 @@ def test_the_course_s_calibrate_and_then_auto_awq_in_its_folder(here: Path) -> N
         ("auto_awq model --calib-samples -1", "--calib-samples is -1; give 0 (plain rounding) or more"),
         ("auto_awq nowhere --calib-samples 0", "'nowhere' is no folder or .gguf file here"),
         ("calibrate model --calib-samples 0", "--calib-samples is 0; give 1 or more"),
-        ("calibrate model", "the search needs calibration text"),
+        ("calibrate model", "--calib-seqlen is 512, the model's context is 128; give a smaller one"),
     ],
 )
 def test_refused_in_one_line(line: str, message: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
