@@ -9,8 +9,7 @@ import pytest
 from lmtool.errors import RequestError, TokenizerError
 from lmtool.tokenizer import Tokenizer, load_tokenizer
 from lmtool.tokenizer.chat_template import BUILT_IN, built_in, built_in_name
-from tests.test_tokenizer import byte_level_json
-from tests.tokenizer_files import folder_with
+from tests.tokenizer_files import byte_level_json, folder_with
 
 TALK = [
     {"role": "system", "content": "SYS"},

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as LibraryTokenizer
 
 from lmtool.checkpoint.hub import resolve_model
@@ -16,7 +16,7 @@ from lmtool.engine.detokenizer import Detokenizer
 from lmtool.errors import CheckpointError, RequestError, TokenizerError
 from lmtool.tokenizer import Tokenizer, load_tokenizer
 from lmtool.tokenizer.bpe import PRE_TOKENIZERS
-from tests.tokenizer_files import SENTENCES, TEXTS, folder_with
+from tests.tokenizer_files import SENTENCES, TEXTS, byte_level_json, folder_with
 
 letters = st.sampled_from(list("abc theER'sll 019²٣½\n\t\r  .,;(){}éß日本🙂\u0301\u00a0▁Ġ"))
 mixed_text = st.text(letters, max_size=40) | st.text(max_size=20)
@@ -172,23 +172,6 @@ def test_unknown_pre_tokenizer_is_named(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------ tokenizer.json
-
-
-def byte_level_json() -> LibraryTokenizer:
-    library = LibraryTokenizer(models.BPE())
-    library.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(PRE_TOKENIZERS["qwen2"][0]), "isolated"), pre_tokenizers.ByteLevel(False, False)]
-    )
-    library.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    library.train_from_iterator(SENTENCES, trainer)
-    library.add_special_tokens([AddedToken("<|begin|>", special=True), AddedToken("<|im_end|>", special=True)])
-    library.add_tokens([AddedToken("<think>", special=False)])
-    begin = library.token_to_id("<|begin|>")
-    library.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", begin)])
-    return library
 
 
 def llama_json() -> LibraryTokenizer:

@@ -4,6 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as LibraryTokenizer
+
+from lmtool.tokenizer.bpe import PRE_TOKENIZERS
+
 SENTENCES = [
     "the quick brown fox jumps over the lazy dog",
     "a model answers in the terminal after one command",
@@ -37,3 +42,20 @@ def folder_with(path: Path, files: dict[str, Any]) -> Path:
         data = value if isinstance(value, bytes) else json.dumps(value).encode()
         (path / name).write_bytes(data)
     return path
+
+
+def byte_level_json() -> LibraryTokenizer:
+    library = LibraryTokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(PRE_TOKENIZERS["qwen2"][0]), "isolated"), pre_tokenizers.ByteLevel(False, False)]
+    )
+    library.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    library.train_from_iterator(SENTENCES, trainer)
+    library.add_special_tokens([AddedToken("<|begin|>", special=True), AddedToken("<|im_end|>", special=True)])
+    library.add_tokens([AddedToken("<think>", special=False)])
+    begin = library.token_to_id("<|begin|>")
+    library.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", begin)])
+    return library

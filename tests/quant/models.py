@@ -14,8 +14,7 @@ from lmtool.quant.grid import Codes
 from lmtool.quant.job import Job
 from lmtool.quant.options import CalibrationOptions, QuantOptions
 from lmtool.quant.pipeline import quantize
-from tests.test_tokenizer import byte_level_json
-from tests.tokenizer_files import SENTENCES
+from tests.tokenizer_files import SENTENCES, byte_level_json
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
