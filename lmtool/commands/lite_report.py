@@ -34,8 +34,10 @@ def finish(job: "Job", quality: dict[str, Any], eval_windows: int, device: str) 
     """Evaluate where that was asked for and not done yet, and write the report; the report's content."""
     from lmtool.quant.report import write_report
 
+    picture = find_spec("matplotlib") is not None
     done = quality["evaluation"]
     if eval_windows and (done is None or done["num_windows"] != eval_windows):
+        write_report(job.work_dir, quality, picture=picture)  # what is known is not lost if this is interrupted
         _, quality["evaluation"] = lite_eval.run(
             job.work_dir,
             job.model,
@@ -45,7 +47,7 @@ def finish(job: "Job", quality: dict[str, Any], eval_windows: int, device: str) 
             chunk_tokens=None,
             config=EngineConfig(device=device),
         )
-    write_report(job.work_dir, quality, picture=find_spec("matplotlib") is not None)
+    write_report(job.work_dir, quality, picture=picture)
     return quality
 
 

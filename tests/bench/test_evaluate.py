@@ -110,6 +110,15 @@ def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
 # ------------------------------------------------------------------ the command
 
 
+def test_another_tokenizer_of_the_same_size_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, other = tiny_folder(tmp_path / "model"), tiny_folder(tmp_path / "other")
+    library = json.loads((other / "tokenizer.json").read_text())
+    library["model"]["merges"] = library["model"]["merges"][:20]
+    (other / "tokenizer.json").write_text(json.dumps(library))
+    assert cli.main(["lite", "eval", str(model), "--against", str(other), "--windows", "1", "--window-len", "64"]) == 2
+    assert "make other tokens of the same text; give the model that it was made from" in capsys.readouterr().err
+
+
 def test_the_command_on_a_quantized_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, text = tiny_folder(tmp_path / "model"), text_file(tmp_path / "text.txt")
     run(model, tmp_path / "awq", text, method="rtn")

@@ -16,11 +16,11 @@ SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 import torch
-torch.set_num_threads(1)
+torch.set_num_threads(int(sys.argv[5]))
 from lmtool.quant import pipeline, state
 from tests.quant.models import Silent, job
 
-where, model, out, text = sys.argv[1], *map(Path, sys.argv[2:])
+where, model, out, text = sys.argv[1], *map(Path, sys.argv[2:5])
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -41,16 +41,17 @@ def commit_or_die(self, block, *rest):
 state.State.commit = commit_or_die
 
 pipeline.quantize(job(model, out, text), Watcher())
+print(torch.get_num_threads())
 """
 
 
-def quantize(where: str, model: Path, out: Path, text: Path) -> int:
-    """In a process of its own, with one thread: how many threads share a sum decides its last bits."""
+def quantize(where: str, model: Path, out: Path, text: Path, num_threads: int = 1) -> int:
+    """In a process of its own. Its exit status, or where it came to its end how many threads it had then."""
     root = Path(__file__).parents[2]
-    command = [sys.executable, "-c", SCRIPT, where, str(model), str(out), str(text)]
+    command = [sys.executable, "-c", SCRIPT, where, str(model), str(out), str(text), str(num_threads)]
     done = subprocess.run(command, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True)
     assert done.returncode in (0, -signal.SIGKILL), done.stderr
-    return done.returncode
+    return done.returncode or int(done.stdout)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -60,13 +61,15 @@ def files(folder: Path) -> dict[str, bytes]:
 @pytest.mark.slow
 def test_killed_anywhere_and_run_again_gives_the_same_bytes(tmp_path: Path) -> None:
     model, text, out = tiny_folder(tmp_path / "model"), text_file(tmp_path / "text.txt"), tmp_path / "out"
-    assert quantize("nowhere", model, tmp_path / "whole", text) == 0
-    for where in ("after block 0", "before block 1 is committed", "before the model is written"):
+    assert quantize("nowhere", model, tmp_path / "whole", text, num_threads=2) == 2
+    # how many threads share a sum decides its last bits: the first run's are what the others take
+    assert quantize("after block 0", model, out, text, num_threads=2) == -signal.SIGKILL
+    for where in ("before block 1 is committed", "before the model is written"):
         assert quantize(where, model, out, text) == -signal.SIGKILL
         assert not (out / "config.json").exists()
         assert (out / ".state" / "block-00000.json").exists()
     done = (out / ".state" / "block-00002.json").stat().st_mtime_ns
-    assert quantize("nowhere", model, out, text) == 0
+    assert quantize("nowhere", model, out, text) == 2
     assert files(out) == files(tmp_path / "whole")
     assert done < (out / "config.json").stat().st_mtime_ns  # the last run wrote the model, not the blocks
 
