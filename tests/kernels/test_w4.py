@@ -6,10 +6,9 @@ import torch
 from lmtool import kernels
 from lmtool.errors import KernelError
 from lmtool.kernels.reference import w4 as reference
-from lmtool.kernels.triton import tuning
+from lmtool.kernels.triton import tables, tuning
 from lmtool.kernels.triton import w4 as triton_w4
 from lmtool.kernels.triton.precompile import Precompilation
-from lmtool.kernels.triton.tables import Entry, Key
 from tests.kernels.support import assert_close, normal
 
 HALVES = [torch.float16, torch.bfloat16]
@@ -132,9 +131,21 @@ def test_programs_that_share_a_row_of_tiles_or_take_several(rows, turns, warps, 
     weight, x = tiles(128, 256, 128, device), normal(rows, 256, dtype=torch.float16, device=device)
     config = tuning.W4FewConfig(num_warps=warps, turns=turns, early=True, registers=128)
     expected = reference.w4_linear(x, weight, None)
-    with tuning.using([Entry(Key("w4_few", 128, 256, False, 2), rows, config)]):
+    with tuning.using([tables.Entry(tables.Key("w4_few", 128, 256, False, 2), rows, config)]):
         for _ in range(2):  # the counters are zeros again after the first
             assert_close(triton_w4.w4_linear(x, weight), expected, loosen=loosen(256, torch.float16))
+
+
+def test_warps_share_out_all_rows_of_tiles():
+    """A warp without rows of its own would read beyond the weights: by the rule, and by each measured entry."""
+    for num_out in (32, 96, 576, 896, 4096, 28672):
+        for rows in (1, 8, 16):
+            config = tuning.w4_few_config(90, rows, num_out, 4096, paired=False, group_size=128)
+            assert num_out // 32 % config.num_warps == 0
+    entries = tables.read(tables.packaged_path(90), 90, tuning.CONFIGS)
+    measured = [entry for entry in entries if entry.key.kernel == "w4_few"]
+    assert measured
+    assert [entry for entry in measured if entry.key.num_out // 32 % entry.config.num_warps] == []
 
 
 def test_groups_that_no_kernel_takes_are_named():

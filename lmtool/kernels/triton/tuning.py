@@ -138,15 +138,16 @@ def w4_few_config(
     capability: int, num_rows: int, num_out: int, num_in: int, *, paired: bool, group_size: int
 ) -> W4FewConfig:
     """For ``num_out`` × ``num_in`` filled up to whole tiles. As many programs as registers leave room for at once."""
-    found = _find(capability, tables.Key("w4_few", num_out, num_in, paired, 2), num_rows)
+    # measured with groups of 128: smaller ones want more registers
+    found = _find(capability, tables.Key("w4_few", num_out, num_in, paired, 2), num_rows) if group_size == 128 else None
     if found is not None:
         return found
     tiles_n = num_out // 32
     num_warps = 4 if tiles_n % 4 == 0 else 2 if tiles_n % 2 == 0 else 1
-    # smaller groups want more registers, as do more rows; whoever gets too few spills
-    programs = (5 if num_rows <= 8 else 4) - (group_size < 128)
+    # of 4 warps on a multiprocessor: what registers leave room for
+    programs = 3 if num_rows > 8 and group_size < 128 else 4
     turns = -(-(tiles_n // num_warps * (num_in // 128)) // (132 * programs * 4 // num_warps))
-    return W4FewConfig(num_warps, turns, early=num_rows <= 8, registers={5: 96, 4: 128, 3: 168}[programs])
+    return W4FewConfig(num_warps, turns, early=num_rows <= 8, registers=168 if programs == 3 else 128)
 
 
 def w4_wide_config(capability: int, num_rows: int, num_out: int, num_in: int, *, paired: bool) -> W4WideConfig:
@@ -158,14 +159,19 @@ def w4_wide_config(capability: int, num_rows: int, num_out: int, num_in: int, *,
         return W4WideConfig(64, 4, 1, 1, 2)
     if num_rows <= 64:
         return W4WideConfig(64, 4, 2, 1, 3) if tall else W4WideConfig(64, 4, 1, min(4, num_in // 256), 4)
-    if num_rows <= 128:
-        return W4WideConfig(128, 4, 2, 1, 3) if tall else W4WideConfig(64, 4, 2, min(4, num_in // 256), 3)
-    return W4WideConfig(256, 8, 1, 1, 3) if tall else W4WideConfig(128, 8, 1, min(2, num_in // 256), 3)
+    if tall:
+        return W4WideConfig(128, 4, 2, 1, 3) if num_rows <= 128 else W4WideConfig(256, 8, 1, 1, 3)
+    low = -(-num_out // 64)
+    if num_rows > 128 and low >= 80:
+        return W4WideConfig(256, 4, 1, 1, 3)
+    # a program for each multiprocessor: parts of K cost more than a second wave of them would save
+    split = max(1, 132 // (low * -(-num_rows // 128)))
+    return W4WideConfig(128, 4, 1, min(4, split, num_in // 256), 4)
 
 
 def w4_most_rows(capability: int) -> int:
     """Above this many rows the weights are expanded and the library multiplies."""
-    return 768 if capability >= _HOPPER else 64
+    return 256 if capability >= _HOPPER else 64
 
 
 class AttentionConfig(NamedTuple):
