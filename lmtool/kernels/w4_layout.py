@@ -15,7 +15,7 @@ from lmtool.errors import KernelError
 
 TILE_N, TILE_K = 32, 128
 WORDS = TILE_N * TILE_K // 8
-# in features are filled up to this: two warps always have a tile each
+# in features are filled up to this, two tiles
 PAD_K = 2 * TILE_K
 GROUP_SIZES = (32, 64, TILE_K)
 W4_LARGEST_GROUP = TILE_K
