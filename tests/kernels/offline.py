@@ -146,6 +146,8 @@ def launch_each_once() -> None:
     launch_rest(torch.float16)
     launch_decode(torch.float16, (32, 8, 128), 4)
     launch_prefill(torch.float16, (32, 8, 128))
+    w4.w4_expand(W4Tiles(meta(64, 16, 544, dtype=torch.int32), 2048, 2048), torch.float16)
+    launch_w4(torch.float16, 64, 2048, 2048)
     for rows in (1, 16):
         launch_w4(torch.float16, rows, 2048, 2048)
         norm_weight, weight = meta(2048), meta(2 * 8192, 2048)

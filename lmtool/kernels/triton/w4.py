@@ -17,6 +17,7 @@ from lmtool.kernels.triton.w4_wide import wide_kernel
 from lmtool.kernels.w4_layout import W4Tiles
 
 _FEW_ROWS = 16
+_WITHOUT_THE_INSTRUCTION = (75,)  # mma.m16n8k16 came with 8.0
 _SORT_BLOCK = 2048
 
 
@@ -80,12 +81,13 @@ def _product(
     flags |= dependent_launch(x.device)
     if out is None:
         out = torch.empty((num_rows, num_out), dtype=x.dtype, device=x.device)
-    if 1 < num_rows <= _FEW_ROWS:
+    few = num_rows <= _FEW_ROWS and arch(x.device) not in _WITHOUT_THE_INSTRUCTION
+    if few and num_rows > 1:
         x = _sorted(x, weight, norm_weight, eps)
     else:
         x = x.contiguous() if norm_weight is None else rms_norm(x, norm_weight, eps)
     bias_or_any = x if bias is None else bias
-    if num_rows <= _FEW_ROWS:
+    if few:
         _launch_few(x, weight, bias_or_any, out, flags)
     else:
         _launch_wide(x, weight, bias_or_any, out, flags)
