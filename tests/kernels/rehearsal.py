@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,7 @@ from lmtool import kernels
 from lmtool.engine.device_runner import DeviceRunner
 from lmtool.engine.kv_cache import BLOCK_SIZE, CachePlan
 from lmtool.errors import LmtoolError
-from lmtool.kernels.triton import attention, launch, linear
+from lmtool.kernels.triton import attention, launch, linear, w4
 from lmtool.kernels.triton.activation import silu_mul
 from lmtool.kernels.triton.norm import rms_norm
 from lmtool.kernels.triton.precompile import Precompilation, collect
@@ -57,8 +58,15 @@ class Card:
 
 
 def keys_on(device: str) -> set[tuple[str, str, str]]:
-    """What the steps of a tiny half-precision engine on ``device`` would compile."""
-    decoder = random_decoder(TINY, dtype=torch.float16, device=torch.device(device), num_positions=512)
+    """What the steps of two tiny half-precision engines on ``device`` would compile: of numbers, and of 4-bit codes."""
+    return _keys_on(device, None) | _keys_on(device, group_size=32)
+
+
+def _keys_on(device: str, group_size: int | None) -> set[tuple[str, str, str]]:
+    shape = TINY if group_size is None else replace(TINY, hidden_size=64, intermediate_size=96)
+    decoder = random_decoder(
+        shape, dtype=torch.float16, device=torch.device(device), num_positions=512, group_size=group_size
+    )
     plan = CachePlan(num_blocks=8, block_size=BLOCK_SIZE, block_bytes=0, session_len=512)
 
     def rehearse() -> None:
@@ -103,7 +111,7 @@ def main() -> None:
     loaded = sorted(card.loaded)
     refused = refusal(card, "Triton Error [CUDA]: device kernel image is invalid", 512)
     no_room = refusal(card, "Triton Error [CUDA]: out of memory", 768)
-    for module in (launch, linear, attention):
+    for module in (launch, linear, attention, w4):
         module.arch = lambda device: 90  # type: ignore[attr-defined]
     torch.empty = torch.zeros  # type: ignore[assignment]  nothing is computed: what is read back must be an index
     on_cpu = keys_on("cpu")
