@@ -55,6 +55,7 @@ def chat(
     logprobs: options.Logprobs = None,
     device: options.Device = options.ENGINE_DEFAULTS.device,
     dtype: options.Dtype = options.ENGINE_DEFAULTS.dtype,
+    model_format: options.ModelFormat = None,
     session_len: options.SessionLen = None,
     cache_gb: options.CacheGb = None,
     cache_max_entry_count: options.CacheMaxEntryCount = options.ENGINE_DEFAULTS.cache_max_entry_count,
@@ -89,6 +90,7 @@ def chat(
     engine = options.engine_config(
         device=device,
         dtype=dtype,
+        model_format=model_format,
         session_len=session_len,
         cache_gb=cache_gb,
         cache_max_entry_count=cache_max_entry_count,

@@ -42,6 +42,10 @@ ChatTemplate = Annotated[
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …", rich_help_panel=_ENGINE)]
 Dtype = Annotated[str, typer.Option(help=", ".join(DTYPES), rich_help_panel=_ENGINE)]
+ModelFormat = Annotated[
+    str | None,
+    typer.Option(help="Insist on hf, awq, gptq or gguf; left out, it is detected.", rich_help_panel=_ENGINE),
+]
 SessionLen = Annotated[
     int | None,
     typer.Option(help="Longest conversation in tokens (default: the model's own).", rich_help_panel=_ENGINE),

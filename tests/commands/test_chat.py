@@ -69,6 +69,16 @@ def test_a_history_that_cannot_be_kept_is_said_before_loading(flags: tuple[str, 
     assert wanted in " ".join(terminal.text.split())
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("awq", "--model-format is 'awq', "), ("onnx", "--model-format is 'onnx'; give one of hf, awq, gptq, gguf")],
+)
+def test_a_format_that_the_model_has_not_is_refused(name: str, message: str) -> None:
+    done = _chat("--model-format", name, "--prompt", "hello")
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
 def test_show_prompt_is_the_template_and_needs_no_engine() -> None:
     done = _chat("--show-prompt", "--system", "Be brief.", "--prompt", "hello", stdin="and more")
     assert done.returncode == 0
