@@ -72,7 +72,7 @@ class QuantizedCheckpoint:
         self.generation_config = inner.generation_config
         self.scheme = scheme
         self._inner = inner
-        present = set(inner.names())
+        self._present = present = set(inner.names())
         self._quantized = {name.removesuffix("qweight") + "weight" for name in present if name.endswith(".qweight")}
         for name in self._quantized:
             for part in ("qzeros", "scales"):
@@ -148,7 +148,7 @@ class QuantizedCheckpoint:
         return PackedInt4(codes, torch.empty(groups, dtype=torch.float16, device=device), None, zero)
 
     def _group_of(self, name: str, num_in: int, num_groups: int, device: torch.device) -> Tensor | None:
-        if _part(name, "g_idx") not in set(self._inner.names()):
+        if _part(name, "g_idx") not in self._present:
             return None
         group_of = self._inner.tensor(_part(name, "g_idx")).to(device=device, dtype=torch.int64)
         in_order = torch.arange(num_in, device=device) // (num_in // num_groups)

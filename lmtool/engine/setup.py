@@ -65,11 +65,7 @@ def load_engine(
     device = choose_device(config.device)
     checkpoint = open_checkpoint(path)
     try:
-        _check_format(checkpoint, config)
-        model = read_model_config(checkpoint.config)
-        keep_int4 = _keeps_int4(checkpoint, config, device)
-        on_cpu = device.type == "cpu"
-        dtype = torch.float32 if keep_int4 and on_cpu else choose_dtype(config.dtype, model, device)
+        model, keep_int4, dtype = _how_stored(checkpoint, config, device)
         compiling = None
         if device.type == "cuda":
             compiling = compile_steps(outline_decoder(checkpoint, model, dtype, keep_int4=keep_int4), config, device)
@@ -162,14 +158,22 @@ def open_decoder(path: Path, config: EngineConfig, progress: StartProgress | Non
     device = choose_device(config.device)
     checkpoint = open_checkpoint(path)
     try:
-        _check_format(checkpoint, config)
-        model = read_model_config(checkpoint.config)
-        keep_int4 = _keeps_int4(checkpoint, config, device)
-        dtype = torch.float32 if keep_int4 and device.type == "cpu" else choose_dtype(config.dtype, model, device)
+        model, keep_int4, dtype = _how_stored(checkpoint, config, device)
         decoder = _load(checkpoint, model, config, dtype, device, keep_int4, progress)
     finally:
         checkpoint.close()
-    return decoder, "int4" if keep_int4 else str(dtype).removeprefix("torch.")
+    return decoder, stored_as(decoder, keep_int4)
+
+
+def _how_stored(
+    checkpoint: Checkpoint, config: EngineConfig, device: torch.device
+) -> tuple[ModelConfig, bool, torch.dtype]:
+    """The model, whether its 4-bit weights are used as they are, and the dtype of everything else."""
+    _check_format(checkpoint, config)
+    model = read_model_config(checkpoint.config)
+    keep_int4 = _keeps_int4(checkpoint, config, device)
+    on_cpu = device.type == "cpu"
+    return model, keep_int4, torch.float32 if keep_int4 and on_cpu else choose_dtype(config.dtype, model, device)
 
 
 def _keeps_int4(checkpoint: Checkpoint, config: EngineConfig, device: torch.device) -> bool:
