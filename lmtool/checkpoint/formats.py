@@ -12,6 +12,7 @@ import torch
 from lmtool.checkpoint.staging import StoredTensor
 from lmtool.errors import CheckpointError
 
+MANIFEST = "lmtool.json"  # what makes a folder a workspace
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -46,11 +47,23 @@ class PackedInt4:
         return (grouped * self.scale.float()[..., None] + self.lowest[..., None]).flatten(1)
 
 
+@dataclass(frozen=True, slots=True)
+class StoredW4:
+    """Where the `kernels.W4Tiles` of a matrix lie, and the order of their in features (None: as they come)."""
+
+    tiles: StoredTensor
+    num_out: int
+    num_in: int
+    group_size: int
+    paired: bool
+    order: StoredTensor | None
+
+
 class Checkpoint(Protocol):
-    """One stored model; every tensor under its Hugging Face name.
+    """One stored model; every tensor under its Hugging Face name, in a workspace under the loader's own.
 
     path               the folder or file
-    format             'hf', 'awq', 'gptq' or 'gguf'
+    format             'hf', 'awq', 'gptq', 'gguf' or 'lmtool' (a workspace)
     config             as in config.json; for GGUF made from its metadata
     generation_config  as in generation_config.json, {} when there is none
     """
@@ -76,6 +89,10 @@ class Checkpoint(Protocol):
         """Where what `tensor` returns lies in a file, byte for byte; None where it is made from what lies there."""
         ...
 
+    def stored_w4(self, name: str) -> StoredW4 | None:
+        """Where the kernels' own tiles lie; None where they must be made of codes."""
+        ...
+
     def packed_int4(self, name: str, device: torch.device | None = None) -> PackedInt4 | None:
         """4-bit codes as they are stored, unpacked on ``device`` (a CPU if not given); None for anything else."""
         ...
@@ -86,12 +103,17 @@ class Checkpoint(Protocol):
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a folder of HF files or a ``.gguf`` file. Reads headers only.
+    """Open a folder of HF files, a workspace or a ``.gguf`` file. Reads headers only.
 
     Raises CheckpointError for whatever is missing, half there or corrupt, naming the file.
     """
+    path = workspace_of(path)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist", "give a model folder or a .gguf file")
+    if (path / MANIFEST).exists():
+        from lmtool.checkpoint.workspace import Workspace
+
+        return Workspace(path)
     if path.is_dir():
         from lmtool.checkpoint.quantized import QuantizedCheckpoint, read_scheme
         from lmtool.checkpoint.reader import HfCheckpoint
@@ -107,6 +129,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.suffix in PICKLE_SUFFIXES:
         raise _pickle_error(path)
     raise CheckpointError(f"{path} is neither a folder nor a .gguf file", "give the folder that holds config.json")
+
+
+def workspace_of(path: Path) -> Path:
+    """The workspace that a path names: itself, or the folder around ``triton_models/weights`` (LMDeploy's layout)."""
+    if path.parts[-2:] == ("triton_models", "weights") and (path.parents[1] / MANIFEST).exists():
+        return path.parents[1]
+    return path
 
 
 def _pickle_error(path: Path) -> CheckpointError:

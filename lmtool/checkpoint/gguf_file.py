@@ -105,9 +105,9 @@ class GgufFile:
         return key in self._string_arrays
 
     def blocks(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """The stored bytes, uint8 [rows, bytes of a row], a read-only view of the file."""
+        """The stored bytes, uint8 [rows, bytes of a row], in memory of their own."""
         entry = self.tensors[name]
-        flat = self._bytes[entry.offset : entry.offset + entry.num_bytes]
+        flat = np.fromfile(self.path, np.uint8, entry.num_bytes, offset=entry.offset)
         rows = prod(entry.shape[:-1])
         return flat.reshape(rows, entry.num_bytes // rows)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmtool.checkpoint.formats import Checkpoint, PackedInt4
+from lmtool.checkpoint.formats import Checkpoint, PackedInt4, StoredW4
 from lmtool.checkpoint.packing import unpack_awq, unpack_gptq, unpack_gptq8
 from lmtool.checkpoint.staging import StoredTensor
 from lmtool.errors import CheckpointError
@@ -110,6 +110,9 @@ class QuantizedCheckpoint:
 
     def stored(self, name: str) -> StoredTensor | None:
         return None if name in self._quantized else self._inner.stored(name)
+
+    def stored_w4(self, name: str) -> StoredW4 | None:
+        return None
 
     def packed_int4(self, name: str, device: torch.device | None = None) -> PackedInt4 | None:
         """Codes, scales and zero points on ``device``; None for numbers and for 8 bits."""

@@ -1,6 +1,7 @@
 """A folder of Hugging Face files: configuration, and tensors one by one out of sharded safetensors.
 
-Nothing is read before it is asked for; files are memory-mapped. Does not know model families.
+Nothing is read before it is asked for, and it is read into memory of its own: of a mapped file every page that was
+touched would count as ours. Does not know model families.
 """
 
 import json
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lmtool.checkpoint.formats import PackedInt4
+from lmtool.checkpoint.formats import PackedInt4, StoredW4
 from lmtool.checkpoint.staging import StoredTensor
 from lmtool.errors import CheckpointError
 
@@ -63,7 +64,7 @@ class HfCheckpoint:
         self._starts: dict[str, dict[str, int]] = {}  # file → name → first byte; read when first asked for
         files, index = _weight_files(path)
         for file in files:
-            self._shards[file] = _open_shard(path / file)
+            self._shards[file] = open_shard(path / file)
             for name in self._shards[file].keys():  # noqa: SIM118  safe_open is not iterable
                 if name in self._file_of:
                     raise CheckpointError(
@@ -84,6 +85,9 @@ class HfCheckpoint:
         return DTYPE_NAMES.get(stored, stored.lower())
 
     def tensor(self, name: str) -> torch.Tensor:
+        stored = self.stored(name)
+        if stored is not None:
+            return stored.read()
         tensor: torch.Tensor = self._shard(name).get_tensor(name)
         return tensor
 
@@ -93,8 +97,11 @@ class HfCheckpoint:
             return None
         file = self._file_of[name]
         if file not in self._starts:
-            self._starts[file] = _tensor_starts(self.path / file)
+            self._starts[file] = tensor_starts(self.path / file)
         return StoredTensor(self.path / file, self._starts[file][name], self.shape(name), dtype)
+
+    def stored_w4(self, name: str) -> StoredW4 | None:
+        return None
 
     def packed_int4(self, name: str, device: torch.device | None = None) -> PackedInt4 | None:
         self._shard(name)
@@ -157,7 +164,7 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _open_shard(path: Path) -> Any:
+def open_shard(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -172,7 +179,7 @@ def _open_shard(path: Path) -> Any:
         ) from error
 
 
-def _tensor_starts(path: Path) -> dict[str, int]:
+def tensor_starts(path: Path) -> dict[str, int]:
     """Name → first byte in the file, whose header `safe_open` has checked: its length in 8 bytes, then JSON."""
     with path.open("rb") as file:
         header_size = int.from_bytes(file.read(8), "little")

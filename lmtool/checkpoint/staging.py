@@ -6,8 +6,9 @@ the device. On a CPU the same pieces go the same way, without pinned memory and 
 """
 
 import os
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -38,6 +39,22 @@ class StoredTensor:
     @property
     def num_bytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> Tensor:
+        """Into memory of its own: unlike a mapped file it goes when the tensor does. Raises CheckpointError."""
+        out = torch.empty(self.num_bytes, dtype=torch.uint8)
+        with _opened(self.file) as descriptor:
+            _read(self.file, descriptor, out, self.start)
+        return out.view(self.dtype).view(self.shape)
+
+    def read_slice(self, dim: int, start: int, stop: int) -> Tensor:
+        """Elements start … stop - 1 along ``dim``: only their bytes are read."""
+        before, after = prod(self.shape[:dim]), prod(self.shape[dim + 1 :]) * self.dtype.itemsize
+        out = torch.empty((before, (stop - start) * after), dtype=torch.uint8)
+        with _opened(self.file) as descriptor:
+            for i in range(before):
+                _read(self.file, descriptor, out[i], self.start + (i * self.shape[dim] + start) * after)
+        return out.view(self.dtype).view((*self.shape[:dim], stop - start, *self.shape[dim + 1 :]))
 
 
 class _Buffer:
@@ -152,6 +169,18 @@ class Stager:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[int]:
+    try:
+        descriptor = os.open(file, os.O_RDONLY)
+    except OSError as error:
+        raise _unreadable(file, error.strerror or str(error)) from error
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _read(file: Path, descriptor: int, out: Tensor, start: int) -> None:

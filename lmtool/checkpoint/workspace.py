@@ -1,0 +1,234 @@
+"""The engine's own format: a folder whose tensors have our names and lie as the kernels want them (docs/format.md).
+
+``lmtool.json`` names every weight, how it is stored, and the checksum of each of its tensors. Does not know model
+families.
+"""
+
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from lmtool import kernels
+from lmtool.checkpoint.formats import MANIFEST, PackedInt4, StoredW4
+from lmtool.checkpoint.reader import DTYPE_NAMES, open_shard, tensor_starts
+from lmtool.checkpoint.staging import StoredTensor
+from lmtool.checkpoint.tensor_file import checksum, tensor_bytes
+from lmtool.errors import CheckpointError
+from lmtool.kernels.w4_layout import W4Tiles
+
+FORMAT_VERSION = 1
+CONVERT_AGAIN = "convert the model again"
+# what a weight of each kind is made of; those in brackets may be absent
+PARTS = {"dense": ("values",), "w4": ("tiles", "order"), "int4": ("codes", "scale", "minimum")}
+_MAY_BE_ABSENT = {"order"}
+
+
+class TensorEntry(msgspec.Struct, forbid_unknown_fields=True):
+    """Where a tensor is: ``name`` in ``file``."""
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    xxh3: str
+
+
+class WeightEntry(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """A weight in the loader's names. group_size and paired: of kinds 'w4' and 'int4'."""
+
+    kind: str
+    shape: tuple[int, ...]
+    parts: dict[str, TensorEntry]
+    group_size: int = 0
+    paired: bool = False
+
+
+class SourceEntry(msgspec.Struct, forbid_unknown_fields=True):
+    """What the workspace was made of: a name, its format, and the checksum of each weight file."""
+
+    name: str
+    format: str
+    files: dict[str, str]
+
+
+class Manifest(msgspec.Struct, forbid_unknown_fields=True):
+    """``lmtool.json``. config: as in the source's config.json; quantization: as lmtool found it, for people."""
+
+    format_version: int
+    lmtool_version: str
+    source: SourceEntry
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+    dtype: str
+    quantization: dict[str, Any] | None
+    chat_template: str | None
+    weights: dict[str, WeightEntry]
+
+
+class _Version(msgspec.Struct):
+    format_version: int
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """``lmtool.json`` of a folder, checked in itself. Raises CheckpointError."""
+    path = folder / MANIFEST
+    try:
+        data = path.read_bytes()
+        version = msgspec.json.decode(data, type=_Version).format_version
+    except (OSError, msgspec.DecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}", CONVERT_AGAIN) from error
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {version}, this lmtool reads up to {FORMAT_VERSION}",
+            "update lmtool, or convert the model with this one",
+        )
+    try:
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except msgspec.DecodeError as error:
+        raise CheckpointError(f"{path} is damaged: {error}", CONVERT_AGAIN) from error
+    for name, weight in manifest.weights.items():
+        _check_weight(path, name, weight)
+    return manifest
+
+
+def _check_weight(path: Path, name: str, weight: WeightEntry) -> None:
+    known = PARTS.get(weight.kind, ())
+    needed = set(known) - _MAY_BE_ABSENT
+    if not needed or not needed <= set(weight.parts) <= set(known):
+        raise CheckpointError(f"{path}: {name} is of kind {weight.kind!r} in {sorted(weight.parts)}", CONVERT_AGAIN)
+    if weight.kind != "dense" and (len(weight.shape) != 2 or weight.group_size < 1):
+        raise CheckpointError(f"{path}: {name} has groups of {weight.group_size} in {weight.shape}", CONVERT_AGAIN)
+    for entry in weight.parts.values():
+        check_tensor_name(path, entry.name)
+        if PurePosixPath(entry.file).name != entry.file or not entry.file.endswith(".safetensors"):
+            raise CheckpointError(f"{path} puts {entry.name} into {entry.file!r}, no file of its folder", CONVERT_AGAIN)
+
+
+def check_tensor_name(where: Path, name: str) -> None:
+    """Names become file names and keys elsewhere: nothing but words between dots. Raises CheckpointError."""
+    if not all(part and part.replace("_", "").replace("-", "").isalnum() for part in name.split(".")):
+        raise CheckpointError(f"{where} holds a tensor named {name!r}", "a name is words between single dots")
+
+
+class Workspace:
+    """`Checkpoint` over a workspace, whose names are the loader's own."""
+
+    format = "lmtool"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest = read_manifest(path)
+        self.config = self.manifest.config
+        self.generation_config = self.manifest.generation_config
+        self._weights = self.manifest.weights
+        self._stored = self._find_tensors()
+
+    def names(self) -> list[str]:
+        return list(self._weights)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._weight(name).shape
+
+    def dtype(self, name: str) -> str:
+        """A dense weight's dtype; 'int4' with zero points, 'q4_1' with minimums."""
+        weight = self._weight(name)
+        return {"w4": "int4", "int4": "q4_1"}.get(weight.kind) or weight.parts["values"].dtype
+
+    def tensor(self, name: str) -> Tensor:
+        """Of a quantized weight the numbers that its codes stand for, float32."""
+        weight = self._weight(name)
+        if weight.kind == "dense":
+            return self._part(name, "values").read()
+        packed = self.packed_int4(name)
+        assert packed is not None
+        dense = packed.dequantize()
+        return dense if packed.order is None else dense[:, packed.order.argsort()]
+
+    def stored(self, name: str) -> StoredTensor | None:
+        return self._part(name, "values") if self._weight(name).kind == "dense" else None
+
+    def stored_w4(self, name: str) -> StoredW4 | None:
+        weight = self._weight(name)
+        if weight.kind != "w4":
+            return None
+        num_out, num_in = weight.shape
+        order = self._part(name, "order") if "order" in weight.parts else None
+        return StoredW4(self._part(name, "tiles"), num_out, num_in, weight.group_size, weight.paired, order)
+
+    def packed_int4(self, name: str, device: torch.device | None = None) -> PackedInt4 | None:
+        weight = self._weight(name)
+        if weight.kind == "dense":
+            return None
+        parts = {part: self._part(name, part).read().to(device or "cpu") for part in weight.parts}
+        if weight.kind == "int4":
+            return PackedInt4(split_nibbles(parts["codes"]), parts["scale"].float(), parts["minimum"].float())
+        num_out, num_in = weight.shape
+        codes, scale, zero = kernels.unpack_w4(W4Tiles(parts["tiles"], num_out, num_in, weight.paired))
+        return PackedInt4(codes, scale, None, zero, parts.get("order"))
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+    def verify(self, name: str) -> None:
+        """Read a weight's bytes again. Raises CheckpointError where they are not those that were written."""
+        for part, entry in self._weight(name).parts.items():
+            if checksum(tensor_bytes(self._part(name, part).read())) != entry.xxh3:
+                raise CheckpointError(
+                    f"{self.path / entry.file}: the bytes of {entry.name} are not those that were written",
+                    f"the file is damaged: {CONVERT_AGAIN}",
+                )
+
+    def part_bytes(self, name: str) -> int:
+        """Of a weight in its files."""
+        return sum(self._part(name, part).num_bytes for part in self._weight(name).parts)
+
+    def _weight(self, name: str) -> WeightEntry:
+        if name not in self._weights:
+            raise CheckpointError(f"{self.path} holds no weight {name}")
+        return self._weights[name]
+
+    def _part(self, name: str, part: str) -> StoredTensor:
+        return self._stored[self._weights[name].parts[part].name]
+
+    def _find_tensors(self) -> dict[str, StoredTensor]:
+        entries = [entry for weight in self._weights.values() for entry in weight.parts.values()]
+        found: dict[str, StoredTensor] = {}
+        for file in sorted({entry.file for entry in entries}):
+            found |= self._tensors_of(file, [entry for entry in entries if entry.file == file])
+        return found
+
+    def _tensors_of(self, file: str, entries: list[TensorEntry]) -> dict[str, StoredTensor]:
+        path = self.path / file
+        if not path.exists():
+            raise CheckpointError(f"{path} is missing", CONVERT_AGAIN)
+        shard, starts = open_shard(path), tensor_starts(path)
+        found = {}
+        for entry in entries:
+            if entry.name not in starts:
+                raise CheckpointError(f"{path} holds no tensor {entry.name}", CONVERT_AGAIN)
+            part = shard.get_slice(entry.name)
+            has = (DTYPE_NAMES.get(part.get_dtype(), part.get_dtype()), tuple(part.get_shape()))
+            if has != (entry.dtype, entry.shape):
+                raise CheckpointError(
+                    f"{path}: {entry.name} is {has[0]} {list(has[1])}, {MANIFEST} says {entry.dtype} "
+                    f"{list(entry.shape)}",
+                    CONVERT_AGAIN,
+                )
+            found[entry.name] = StoredTensor(path, starts[entry.name], entry.shape, getattr(torch, entry.dtype))
+        return found
+
+
+def split_nibbles(packed: Tensor) -> Tensor:
+    """uint8 [N, K / 2] → codes uint8 [N, K]: in feature 2i in the low half of byte i."""
+    codes = torch.empty((*packed.shape, 2), dtype=torch.uint8, device=packed.device)
+    codes[..., 0] = packed & 15
+    codes[..., 1] = packed >> 4
+    return codes.flatten(1)
+
+
+def join_nibbles(codes: Tensor) -> Tensor:
+    """The inverse of `split_nibbles`."""
+    return codes[:, 0::2] | codes[:, 1::2] << 4
