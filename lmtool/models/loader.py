@@ -1,32 +1,17 @@
-"""Checkpoint → `Decoder`: names are translated, shapes checked, missing and unexpected tensors reported at once.
+"""Checkpoint → `Decoder`: names are translated, shapes checked, missing and unexpected tensors reported at once."""
 
-Knows no file format: a checkpoint is its names, shapes and tensors.
-"""
-
-import re
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
-from types import ModuleType
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from lmtool import kernels
-from lmtool.checkpoint.formats import Checkpoint, PackedInt4
+from lmtool.checkpoint.formats import Checkpoint
 from lmtool.checkpoint.staging import Stager
-from lmtool.errors import CheckpointError
-from lmtool.layers.weights import W4, Dense, Int4Cpu, Int8Cpu, Matrix
 from lmtool.models.config import ModelConfig, Reader
-from lmtool.models.decoder import Decoder, DecoderLayer
+from lmtool.models.decoder import Decoder
 from lmtool.models.registry import family
-
-# left over from training code; they hold nothing that the config does not say
-_IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.attn\.masked_bias$|\.attn\.bias$|^rope_freqs\.weight$")
-_MOST_NAMES_SHOWN = 6
-
-Progress = Callable[[int, int], None]  # layers done, layers in all
+from lmtool.models.source import Progress, Source, names_of
 
 
 def read_model_config(config: dict[str, Any]) -> ModelConfig:
@@ -50,7 +35,7 @@ def load_decoder(
     On a GPU files are read ahead of the copies, in the background, until all is there.
     """
     with Stager(device) if device.type == "cuda" else nullcontext() as stager:
-        source = Source(checkpoint, config, family(checkpoint.config), dtype, device, keep_int4, stager)
+        source = Source(checkpoint, config, names_of(checkpoint), dtype, device, keep_int4, stager)
         source.check_names()
         decoder = source.decoder(num_positions, progress)
         source.finish()
@@ -63,235 +48,7 @@ def outline_decoder(
     checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, *, keep_int4: bool = False, num_layers: int = 2
 ) -> Decoder:
     """What `load_decoder` makes, with ``num_layers`` layers, on the meta device: shapes and dtypes, and no memory."""
-    meta, family_ = torch.device("meta"), family(checkpoint.config)
+    meta, family_ = torch.device("meta"), names_of(checkpoint)
     Source(checkpoint, config, family_, dtype, meta).check_names()
     config = replace(config, num_layers=min(num_layers, config.num_layers))
     return Source(checkpoint, config, family_, dtype, meta, keep_int4).decoder(num_positions=1)
-
-
-@dataclass(slots=True)
-class Source:
-    """A checkpoint in our names: what `load_decoder` walks, and quantization block by block.
-
-    With a ``stager`` tensors are filled in the background: they hold their numbers after `finish`.
-    """
-
-    checkpoint: Checkpoint
-    config: ModelConfig
-    family: ModuleType
-    dtype: torch.dtype
-    device: torch.device
-    keep_int4: bool = False
-    stager: Stager | None = None
-    _untransformed: list[tuple[Tensor, Callable[[Tensor, ModelConfig], Tensor]]] = field(default_factory=list)
-
-    def wanted(self) -> list[str]:
-        """Our names of everything this config needs."""
-        config = self.config
-        absent = set()
-        if not config.qkv_bias:
-            absent.add("layers.{i}.qkv.bias")
-        if not config.o_bias:
-            absent.add("layers.{i}.o.bias")
-        if not config.qk_norm:
-            absent |= {"layers.{i}.q_norm", "layers.{i}.k_norm"}
-        if config.tie_word_embeddings:
-            absent.add("head.weight")
-        return [name for name in self.family.NAMES if name not in absent]
-
-    def check_names(self) -> None:
-        wanted: set[str] = set()
-        for ours in self.wanted():
-            layers = range(self.config.num_layers) if "{i}" in ours else range(1)
-            wanted.update(name.format(i=i) for name in self.family.NAMES[ours] for i in layers)
-        present = set(self.checkpoint.names())
-        missing = sorted(wanted - present)
-        allowed = wanted | set(self.family.NAMES["head.weight"])  # a tied head is often stored all the same
-        unexpected = sorted(name for name in present - allowed if not _IGNORED.search(name))
-        if missing or unexpected:
-            parts = []
-            if missing:
-                parts.append(f"{len(missing)} tensors are missing ({_some(missing)})")
-            if unexpected:
-                parts.append(f"{len(unexpected)} are unexpected ({_some(unexpected)})")
-            raise CheckpointError(
-                f"{self.checkpoint.path}: " + " and ".join(parts),
-                f"config.json says {self.config.architecture}, {self.config.num_layers} layers: is it this model's?",
-            )
-
-    def shape(self, ours: str) -> tuple[int, ...]:
-        c = self.config
-        attention_size = c.num_heads * c.head_dim
-        return {
-            "embed": (c.vocab_size, c.hidden_size),
-            "final_norm": (c.hidden_size,),
-            "head.weight": (c.vocab_size, c.hidden_size),
-            "attention_norm": (c.hidden_size,),
-            "mlp_norm": (c.hidden_size,),
-            "qkv.weight": (c.qkv_size, c.hidden_size),
-            "qkv.bias": (c.qkv_size,),
-            "q_norm": (c.head_dim,),
-            "k_norm": (c.head_dim,),
-            "o.weight": (c.hidden_size, attention_size),
-            "o.bias": (c.hidden_size,),
-            "gate_up.weight": (2 * c.intermediate_size, c.hidden_size),
-            "down.weight": (c.hidden_size, c.intermediate_size),
-        }[ours.removeprefix("layers.{i}.")]
-
-    def sources(self, ours: str, i: int) -> list[str]:
-        return [name.format(i=i) for name in self.family.NAMES[ours]]
-
-    def check_shape(self, ours: str, i: int) -> None:
-        names = self.sources(ours, i)
-        shapes = [self.checkpoint.shape(name) for name in names]
-        stacked = (sum(shape[0] for shape in shapes), *shapes[0][1:])
-        if stacked != self.shape(ours) or any(shape[1:] != shapes[0][1:] for shape in shapes):
-            found = ", ".join(f"{name} {list(shape)}" for name, shape in zip(names, shapes, strict=True))
-            raise CheckpointError(
-                f"{self.checkpoint.path}: {found} do not make {list(self.shape(ours))}",
-                "config.json and the weights are not of one model",
-            )
-
-    def tensor(self, ours: str, i: int = 0) -> Tensor:
-        self.check_shape(ours, i)
-        if self.device.type == "meta":
-            return torch.empty(self.shape(ours), dtype=self.dtype, device=self.device)
-        transform = getattr(self.family, "TRANSFORMS", {}).get(ours)
-        staged = self._staged(self.sources(ours, i))
-        if staged is not None:
-            if transform is not None:
-                self._untransformed.append((staged, transform))
-            return staged
-        parts = [self.checkpoint.tensor(name) for name in self.sources(ours, i)]
-        for name, part in zip(self.sources(ours, i), parts, strict=True):
-            self._check_floating(name, part.dtype)
-        joined = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if transform is not None:
-            joined = transform(joined, self.config)
-        return joined.to(device=self.device, dtype=self.dtype).contiguous()
-
-    def _staged(self, names: list[str]) -> Tensor | None:
-        """The named tensors one below the other, being filled; None where they do not lie in a file as they are."""
-        if self.stager is None:
-            return None
-        stored = [part for name in names if (part := self.checkpoint.stored(name)) is not None]
-        if len(stored) < len(names):
-            return None
-        for name, part in zip(names, stored, strict=True):
-            self._check_floating(name, part.dtype)
-        num_rows = [part.shape[0] for part in stored]
-        joined = torch.empty((sum(num_rows), *stored[0].shape[1:]), dtype=self.dtype, device=self.device)
-        for rows, part in zip(joined.split(num_rows), stored, strict=True):
-            self.stager.fill(rows, part)
-        return joined
-
-    def _check_floating(self, name: str, dtype: torch.dtype) -> None:
-        if not dtype.is_floating_point:
-            raise CheckpointError(
-                f"{self.checkpoint.path}: {name} holds {dtype} numbers".replace("torch.", ""),
-                "codes of a quantized model, which config.json does not explain: download the model again",
-            )
-
-    def finish(self) -> None:
-        """Wait for what is being filled. Raises CheckpointError for a file that cannot be read."""
-        if self.stager is not None:
-            self.stager.wait()
-        for tensor, transform in self._untransformed:
-            tensor.copy_(transform(tensor.clone(), self.config))
-        self._untransformed.clear()
-
-    def optional(self, ours: str, i: int) -> Tensor | None:
-        return self.tensor(ours, i) if ours in self.wanted() else None
-
-    def matrix(self, ours: str, i: int) -> Matrix:
-        bias_name = ours + ".bias"
-        bias = self.optional(bias_name, i) if bias_name in self.family.NAMES else None
-        weight_name = ours + ".weight"
-        if self.device.type == "meta" and self.keep_int4:
-            return self._outline(weight_name, i, bias)
-        packed = self._packed(weight_name, i) if self.keep_int4 else None
-        if packed is None:
-            return Dense(self.tensor(weight_name, i), bias)
-        if self.device.type == "cpu":
-            return Int4Cpu(packed.codes, packed.scale, packed.lowest, bias, packed.order, keep_dense=self._dense_fits())
-        return self._tiles(packed, bias, paired=ours.endswith("gate_up"))
-
-    def _packed(self, weight_name: str, i: int) -> PackedInt4 | None:
-        """The 4-bit codes of a matrix, one below the other; None where a part has none, or none that go together."""
-        parts = [self.checkpoint.packed_int4(name, self.device) for name in self.sources(weight_name, i)]
-        found = [part for part in parts if part is not None]
-        if len(found) < len(parts) or any(part.scale.shape[1] != found[0].scale.shape[1] for part in found):
-            return None
-        if any(not _same_order(part.order, found[0].order) for part in found):
-            return None  # act-order may differ between q, k and v; one product has one order of x
-        self.check_shape(weight_name, i)
-        transform = getattr(self.family, "TRANSFORMS", {}).get(weight_name)
-
-        def joined(field: str) -> Tensor | None:
-            rows = [part for packed in found if (part := getattr(packed, field)) is not None]
-            if not rows:
-                return None
-            stacked = rows[0] if len(rows) == 1 else torch.cat(rows)
-            return stacked if transform is None else transform(stacked, self.config)  # it moves whole rows
-
-        codes, scale = joined("codes"), joined("scale")
-        assert codes is not None
-        assert scale is not None
-        return PackedInt4(codes, scale, joined("minimum"), joined("zero"), found[0].order)
-
-    def _outline(self, weight_name: str, i: int, bias: Tensor | None) -> Matrix:
-        """The shape of `_tiles`' matrix, and no arithmetic: on meta tensors its first use takes seconds."""
-        part = self.checkpoint.packed_int4(self.sources(weight_name, i)[0], self.device)
-        if part is None:
-            return Dense(self.tensor(weight_name, i), bias)
-        num_out, num_in = self.shape(weight_name)
-        group_size = min(part.codes.shape[1] // part.scale.shape[1], kernels.W4_LARGEST_GROUP)
-        paired = weight_name.endswith("gate_up.weight")
-        return W4(kernels.empty_w4(num_out, num_in, group_size, self.device, paired=paired), bias)
-
-    def _tiles(self, packed: PackedInt4, bias: Tensor | None, *, paired: bool) -> Matrix:
-        """For a GPU. Groups longer than a tile are told once for each of its tiles."""
-        assert packed.zero is not None
-        scale, zero = packed.scale, packed.zero
-        repeat = max(1, packed.codes.shape[1] // scale.shape[1] // kernels.W4_LARGEST_GROUP)
-        scale, zero = scale.repeat_interleave(repeat, dim=1), zero.repeat_interleave(repeat, dim=1)
-        return W4(kernels.pack_w4(packed.codes, scale, zero, paired=paired), bias, packed.order)
-
-    def _dense_fits(self) -> bool:
-        return self.config.num_parameters * 4 <= 2 << 30
-
-    def decoder(self, num_positions: int, progress: Progress | None = None) -> Decoder:
-        """The whole model. progress: called before each layer."""
-        embed, final_norm = self.tensor("embed"), self.tensor("final_norm")
-        head = self.head(embed)
-        layers = []
-        for i in range(self.config.num_layers):
-            if progress:
-                progress(i, self.config.num_layers)
-            layers.append(self.layer(i))
-        return Decoder(self.config, embed, layers, final_norm, head, num_positions)
-
-    def layer(self, i: int) -> DecoderLayer:
-        return DecoderLayer(
-            attention_norm=self.tensor("layers.{i}.attention_norm", i),
-            qkv=self.matrix("layers.{i}.qkv", i),
-            o=self.matrix("layers.{i}.o", i),
-            mlp_norm=self.tensor("layers.{i}.mlp_norm", i),
-            gate_up=self.matrix("layers.{i}.gate_up", i),
-            down=self.matrix("layers.{i}.down", i),
-            q_norm=self.optional("layers.{i}.q_norm", i),
-            k_norm=self.optional("layers.{i}.k_norm", i),
-        )
-
-    def head(self, embed: Tensor) -> Matrix:
-        weight = embed if self.config.tie_word_embeddings else self.tensor("head.weight")
-        return Int8Cpu(weight) if self.keep_int4 and self.device.type == "cpu" else Dense(weight)
-
-
-def _same_order(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is other if one is None or other is None else torch.equal(one, other)
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:_MOST_NAMES_SHOWN])
-    return shown + (", …" if len(names) > _MOST_NAMES_SHOWN else "")

@@ -15,7 +15,7 @@ from lmtool import kernels
 from lmtool.checkpoint.formats import open_checkpoint
 from lmtool.checkpoint.writer import write_json, write_tensors
 from lmtool.layers.rotary import cos_sin_table
-from lmtool.quant.block import Block
+from lmtool.models.block import Block
 from lmtool.quant.groups import GROUPS
 from lmtool.quant.layers import Blocks
 

@@ -12,8 +12,10 @@ from lmtool.checkpoint.formats import Checkpoint
 from lmtool.checkpoint.packing import pack_awq
 from lmtool.errors import CheckpointError, ConfigError
 from lmtool.models.decoder import DecoderLayer
-from lmtool.models.loader import Source, read_model_config
+from lmtool.models.hf_view import huggingface_names
+from lmtool.models.loader import read_model_config
 from lmtool.models.registry import family
+from lmtool.models.source import Source, in_stored_order
 from lmtool.quant.grid import Codes
 from lmtool.quant.groups import GROUPS, matrix_of
 
@@ -37,8 +39,11 @@ class Blocks:
             raise CheckpointError(
                 f"{checkpoint.path} is quantized already ({method})", "give the model that it was made from"
             )
-        self.checkpoint = checkpoint
+        if any(checkpoint.dtype(name) == "int4" for name in checkpoint.names()):  # a workspace of such a model
+            raise CheckpointError(f"{checkpoint.path} is quantized already", "give the model that it was made from")
         self.config = read_model_config(checkpoint.config)
+        # what is written goes by Hugging Face's names, whatever is read
+        self.checkpoint = checkpoint = huggingface_names(checkpoint, self.config)
         self._source = Source(checkpoint, self.config, family(checkpoint.config), torch.float32, device)
         self._source.check_names()
 
@@ -103,14 +108,7 @@ class Blocks:
         return {name: part.cpu().clone() for name, part in zip(names, parts, strict=True)}
 
     def _as_stacked(self, ours: str, rows: Tensor) -> Tensor:
-        """Undo the family's order of rows: InternLM2's wqkv goes group by group, ours all q, all k, all v."""
-        transform = getattr(self._source.family, "TRANSFORMS", {}).get(f"layers.{{i}}.{ours}")
-        if transform is None:
-            return rows
-        order = transform(torch.arange(rows.shape[0], device=rows.device), self.config)
-        stacked = torch.empty_like(rows)
-        stacked[order] = rows
-        return stacked
+        return in_stored_order(self._source.family, f"layers.{{i}}.{ours}", rows, self.config)
 
 
 def skipped_groups(blocks: Blocks, i: int, patterns: tuple[str, ...]) -> set[str]:

@@ -17,7 +17,7 @@ from lmtool.checkpoint.formats import open_checkpoint
 from lmtool.checkpoint.reader import read_json
 from lmtool.errors import MemoryShortError
 from lmtool.layers.rotary import cos_sin_table
-from lmtool.quant.block import Block
+from lmtool.models.block import Block
 from lmtool.quant.datasets import calibration_ids
 from lmtool.quant.gram import Statistics
 from lmtool.quant.groups import GROUPS

@@ -17,8 +17,9 @@ from lmtool.engine.setup import load_engine
 from lmtool.errors import CheckpointError, ConfigError
 from lmtool.layers.weights import W4, Int4Cpu
 from lmtool.models.decoder import Decoder
-from lmtool.models.loader import Source, load_decoder, outline_decoder, read_model_config
+from lmtool.models.loader import load_decoder, outline_decoder, read_model_config
 from lmtool.models.registry import family
+from lmtool.models.source import Source, tiles_of
 from tests.quant.models import DIFFERENCES, tiny_folder
 from tests.support import all_logits, request, run_all
 
@@ -119,10 +120,9 @@ def test_the_tiles_for_a_gpu_hold_the_same_integers(kind: str, tmp_path: Path) -
     dense, checkpoint = load(folder / "dense"), open_checkpoint(folder)
     source = Source(checkpoint, read_model_config(checkpoint.config), family(checkpoint.config), torch.float32, CPU)
     for ours in ("qkv", "o", "gate_up", "down"):
-        packed = source._packed(f"layers.{{i}}.{ours}.weight", 1)
+        packed = source.packed(f"layers.{{i}}.{ours}.weight", 1)
         assert packed is not None
-        matrix = source._tiles(packed, None, paired=ours == "gate_up")
-        assert isinstance(matrix, W4)
+        matrix = W4(tiles_of(packed, paired=ours == "gate_up"), None, packed.order)
         whole = getattr(dense.layers[1], ours).weight
         columns = slice(None) if packed.order is None else packed.order
         torch.testing.assert_close(kernels.w4_expand(matrix.tiles, torch.float32), whole[:, columns], rtol=0, atol=0)

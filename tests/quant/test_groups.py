@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lmtool.layers.rotary import cos_sin_table
+from lmtool.models.block import Block
 from lmtool.quant import groups
-from lmtool.quant.block import Block
 from tests.support import TINY, tiny_decoder
 
 VARIANTS = {

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lmtool.layers.rotary import cos_sin_table
+from lmtool.models.block import Block
 from lmtool.models.config import ModelConfig
-from lmtool.quant.block import Block
 from lmtool.quant.gram import Statistics, gram_loss
 from tests.support import TINY, all_logits, tiny_decoder
 
