@@ -27,6 +27,7 @@ UsageError: Any = typer.BadParameter.__mro__[2]
 # name on the command line -> module, and the function or Typer app in it
 COMMANDS = {
     "chat": ("lmtool.commands.chat", "chat"),
+    "convert": ("lmtool.commands.convert", "convert"),
     "list": ("lmtool.commands.list_models", "list_models"),
     "check-env": ("lmtool.commands.check_env", "check_env"),
 }

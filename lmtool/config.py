@@ -6,16 +6,16 @@ Does not know torch, the command line or any model.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache
 from numbers import Integral, Real
 from types import NoneType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Self, get_args, get_origin, get_type_hints
 
 from lmtool.errors import ConfigError, RequestError
 
 DTYPES = ("auto", "float16", "bfloat16", "float32")
-MODEL_FORMATS = ("hf", "awq", "gptq", "gguf")
+MODEL_FORMATS = ("hf", "awq", "gptq", "gguf", "lmtool")
 MAX_LOGPROBS = 20
 
 
@@ -48,8 +48,9 @@ def _hints(kind: type) -> dict[str, Any]:
 
 def _check_types(config: Any, error: type[ConfigError] | type[RequestError]) -> None:
     """A value of a wrong type is refused here, where its name is known, and not by the engine's thread."""
-    for name, hint in _hints(config.__class__).items():
-        value = getattr(config, name)
+    hints = _hints(config.__class__)
+    for name in (one.name for one in fields(config) if one.init):
+        value, hint = getattr(config, name), hints[name]
         if not _is_a(value, hint):
             words = (_IN_WORDS[kind] for kind in (get_args(hint) if hint not in _IN_WORDS else (hint,)))
             _check(False, name, value, " or ".join(words), error)
@@ -73,7 +74,7 @@ class EngineConfig:
     dtype                  'auto', 'float16', 'bfloat16', 'float32'; 'auto' on a CPU uses a GGUF's 4-bit weights
                            as they are
     device                 'auto', 'cpu', 'cuda', 'cuda:1', …
-    model_format           'hf', 'awq', 'gptq' or 'gguf' to insist on it; None: detected
+    model_format           'hf', 'awq', 'gptq', 'gguf' or 'lmtool' to insist on it; None: detected
     session_len            longest prompt + answer of one request, tokens; None: the model's own
     max_batch_size         most requests computed in one step
     max_batched_tokens     token budget of one step; longer prompts are prefilled in chunks of it. None: 8192 on a
@@ -82,6 +83,7 @@ class EngineConfig:
     cache_gb               size of the KV cache in GiB; on a CPU this is what bounds it
     prefix_caching         share the K/V blocks of equal prompt beginnings
     cuda_graphs            capture the decode step once for each batch size (GPU); off: a slower engine starts faster
+    given                  names of what was passed: a workspace's engine.toml sets the others
     """
 
     dtype: str = "auto"
@@ -94,6 +96,20 @@ class EngineConfig:
     cache_gb: float | None = None
     prefix_caching: bool = True
     cuda_graphs: bool = True
+    given: frozenset[str] = field(init=False, repr=False, compare=False)
+
+    def __new__(cls, **settings: Any) -> Self:
+        self = object.__new__(cls)
+        object.__setattr__(self, "given", frozenset(settings))
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        """Every setting by its name."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.init}
+
+    def under(self, settings: Mapping[str, Any]) -> Self:
+        """With ``settings`` for what was not given. Raises ConfigError for one that cannot be."""
+        return type(self)(**{**settings, **{name: getattr(self, name) for name in self.given}})
 
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, wanted: str) -> None:

@@ -20,7 +20,7 @@ from lmtool.errors import ConfigError, RequestError
         ("prefix_caching", "no", "True or False"),
         ("cache_gb", "much", "a number or None"),
         ("cache_gb", float("inf"), "a size in GiB above 0"),
-        ("model_format", "onnx", "one of hf, awq, gptq, gguf"),
+        ("model_format", "onnx", "one of hf, awq, gptq, gguf, lmtool"),
     ],
 )
 def test_an_engine_s_setting_is_refused_by_name(name: str, value: Any, wanted: str) -> None:

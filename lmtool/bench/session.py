@@ -16,6 +16,7 @@ from lmtool.bench.picture import draw
 from lmtool.bench.report import Report, make_console, make_report, read_report, show, show_limits, side_by_side
 from lmtool.bench.shapes import find_shape
 from lmtool.bench.workloads import Workload
+from lmtool.checkpoint.engine_file import under_engine_file
 from lmtool.checkpoint.hub import resolve_model
 from lmtool.config import EngineConfig
 from lmtool.engine.device import choose_device
@@ -82,6 +83,8 @@ def run_offline(plan: Plan, config: EngineConfig, *, json_file: str | None = Non
     offline.wants_prefix_cache(wanted)
     outputs.check(json_file, png)
     source, device = plan.source(), choose_device(config.device)
+    if isinstance(source, Path):
+        config = under_engine_file(config, source)
     notices = make_console(stderr=True)
     with notices.status("measuring this machine") as status:
         measured = limits.measure(device)
@@ -132,7 +135,7 @@ def _measure(
                     seed=plan.seed,
                 )
             )
-    settings = {"plan": asdict(plan), "engine": asdict(config)}
+    settings = {"plan": asdict(plan), "engine": config.settings()}
     return make_report(plan.shape or str(plan.model), loaded.weights, measured, settings, results, comparisons)
 
 

@@ -50,7 +50,9 @@ def resolve_model(name: str, *, revision: str | None = None, download_dir: Path 
 
     Raises CheckpointError saying what was tried.
     """
-    path = Path(name).expanduser()
+    from lmtool.checkpoint.formats import workspace_of
+
+    path = workspace_of(Path(name).expanduser())
     if name and path.exists():
         if revision is not None:
             raise CheckpointError(f"--revision {revision}: {name} is on this machine", "leave it out, or give a hub id")

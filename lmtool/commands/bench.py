@@ -55,9 +55,9 @@ def offline(
     seed: Seed = 0,
     device: options.Device = options.ENGINE_DEFAULTS.device,
     dtype: options.Dtype = options.ENGINE_DEFAULTS.dtype,
-    max_batch_size: options.MaxBatchSize = options.ENGINE_DEFAULTS.max_batch_size,
+    max_batch_size: options.MaxBatchSize = None,
     cache_gb: options.CacheGb = None,
-    cache_max_entry_count: options.CacheMaxEntryCount = options.ENGINE_DEFAULTS.cache_max_entry_count,
+    cache_max_entry_count: options.CacheMaxEntryCount = None,
     json: JsonFile = None,
     png: Png = None,
 ) -> None:

@@ -58,7 +58,7 @@ def chat(
     model_format: options.ModelFormat = None,
     session_len: options.SessionLen = None,
     cache_gb: options.CacheGb = None,
-    cache_max_entry_count: options.CacheMaxEntryCount = options.ENGINE_DEFAULTS.cache_max_entry_count,
+    cache_max_entry_count: options.CacheMaxEntryCount = None,
     chat_template: options.ChatTemplate = None,
     revision: options.Revision = None,
     download_dir: options.DownloadDir = None,

@@ -44,16 +44,18 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …", rich_h
 Dtype = Annotated[str, typer.Option(help=", ".join(DTYPES), rich_help_panel=_ENGINE)]
 ModelFormat = Annotated[
     str | None,
-    typer.Option(help="Insist on hf, awq, gptq or gguf; left out, it is detected.", rich_help_panel=_ENGINE),
+    typer.Option(help="Insist on hf, awq, gptq, gguf or lmtool; left out, it is detected.", rich_help_panel=_ENGINE),
 ]
 SessionLen = Annotated[
     int | None,
     typer.Option(help="Longest conversation in tokens (default: the model's own).", rich_help_panel=_ENGINE),
 ]
-MaxBatchSize = Annotated[int, typer.Option(help="Most requests computed in one step.", rich_help_panel=_ENGINE)]
+MaxBatchSize = Annotated[
+    int | None, typer.Option(help="Most requests computed in one step (default: 256).", rich_help_panel=_ENGINE)
+]
 CacheMaxEntryCount = Annotated[
-    float,
-    typer.Option(help="Share of the free GPU memory for the KV cache.", rich_help_panel=_ENGINE),
+    float | None,
+    typer.Option(help="Share of the free GPU memory for the KV cache (default: 0.8).", rich_help_panel=_ENGINE),
 ]
 CacheGb = Annotated[
     float | None,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lmtool import kernels
+from lmtool.checkpoint.engine_file import under_engine_file
 from lmtool.checkpoint.formats import Checkpoint, open_checkpoint
 from lmtool.config import EngineConfig
 from lmtool.engine.block_manager import BlockManager
@@ -62,6 +63,7 @@ def load_engine(
     Raises CheckpointError, DeviceError, ConfigError or MemoryShortError, each with what would help.
     """
     started = time.perf_counter()
+    config = under_engine_file(config, path)
     device = choose_device(config.device)
     checkpoint = open_checkpoint(path)
     try:
@@ -155,6 +157,7 @@ def open_decoder(path: Path, config: EngineConfig, progress: StartProgress | Non
 
     Raises as `load_engine` does.
     """
+    config = under_engine_file(config, path)
     device = choose_device(config.device)
     checkpoint = open_checkpoint(path)
     try:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lmtool.checkpoint.formats import open_checkpoint
+from lmtool.checkpoint.formats import MANIFEST, open_checkpoint, workspace_of
 from lmtool.checkpoint.gguf_file import GgufFile
 from lmtool.errors import TokenizerError
 from lmtool.tokenizer import bpe, chat_template, sentencepiece_model, tiktoken_model
@@ -28,6 +28,7 @@ def load_tokenizer(path: Path, *, chat_template: str | None = None) -> Tokenizer
     Raises CheckpointError for a file of another kind, TokenizerError when files are missing or broken or the name is
     unknown. A model without a template loads; `render_chat` refuses then.
     """
+    path = workspace_of(path)
     if path.is_file() and path.suffix != ".gguf":
         open_checkpoint(path)  # refuses every such file, and says what to do with each kind
     return _from_gguf(path, chat_template) if path.suffix == ".gguf" else _from_folder(path, chat_template)
@@ -37,7 +38,9 @@ def load_tokenizer(path: Path, *, chat_template: str | None = None) -> Tokenizer
 
 
 def _from_folder(folder: Path, template_choice: str | None) -> Tokenizer:
-    config, generation = _json(folder / "config.json"), _json(folder / "generation_config.json")
+    workspace = _json(folder / MANIFEST)
+    config = workspace.get("config") or _json(folder / "config.json")
+    generation = workspace.get("generation_config") or _json(folder / "generation_config.json")
     settings = _json(folder / "tokenizer_config.json")
     architecture = next(iter(config.get("architectures") or ()), None)
     vocabulary, prefix, suffix = _folder_vocabulary(folder, architecture, settings)
@@ -47,7 +50,8 @@ def _from_folder(folder: Path, template_choice: str | None) -> Tokenizer:
     bos_id = vocabulary.token_id(tokens["bos_token"]) if "bos_token" in tokens else None
     if bos_id is not None and _adds(settings, "add_bos_token", vocabulary) and prefix[:1] != [bos_id]:
         prefix = [bos_id, *prefix]
-    template = _template(_own_templates(folder, settings), folder, template_choice, architecture, generation)
+    own = _own_templates(folder, settings) | _templates_of(workspace)
+    template = _template(own, folder, template_choice, architecture, generation)
     eos_text = tokens.get("eos_token")
     return Tokenizer(
         vocabulary=vocabulary,
@@ -132,6 +136,11 @@ def _own_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     if file.exists():
         templates["default"] = file.read_text(encoding="utf-8")
     return templates
+
+
+def _templates_of(workspace: Mapping[str, Any]) -> dict[str, str]:
+    template = workspace.get("chat_template")
+    return {"default": template} if isinstance(template, str) else {}
 
 
 def _template(

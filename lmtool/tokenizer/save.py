@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from lmtool.checkpoint.formats import MANIFEST
 from lmtool.errors import TokenizerError
 from lmtool.tokenizer.bpe import BpeVocabulary
 from lmtool.tokenizer.sentencepiece_model import SentencePieceVocabulary
@@ -33,7 +34,13 @@ def save_tokenizer(tokenizer: Tokenizer, source: Path, folder: Path) -> list[str
 
     tokenizer: as `load_tokenizer(source)` gave it. Raises TokenizerError where a folder has no tokenizer to copy.
     """
-    return _copy(source, folder) if source.is_dir() else _write(tokenizer, folder)
+    if not source.is_dir():
+        return _write(tokenizer, folder)
+    files = _copy(source, folder)
+    if (source / MANIFEST).exists() and tokenizer.chat_template is not None:  # a workspace keeps it there
+        (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+        files.append("chat_template.jinja")
+    return files
 
 
 def _copy(source: Path, folder: Path) -> list[str]:

@@ -1,0 +1,83 @@
+"""A checkpoint's weight → the tensors that a workspace holds it in; nothing is rounded unasked.
+
+4-bit codes with zero points become the kernels' tiles; GGUF's Q4_0 has the zero point 8; Q4_1's minimums have no place
+in a tile and stay beside the codes. All else is numbers, in the dtype in which they are stored.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lmtool.checkpoint.formats import PackedInt4
+from lmtool.checkpoint.workspace import join_nibbles
+from lmtool.errors import CheckpointError
+from lmtool.models.source import Source, tiles_of
+
+_MATRICES = ("qkv", "o", "gate_up", "down")
+_Q4_0_ZERO = 8
+
+
+@dataclass(frozen=True, slots=True)
+class StoredForm:
+    """kind, shape, group_size and paired as `checkpoint.workspace.WeightEntry` has them; exact: nothing was rounded."""
+
+    kind: str
+    shape: tuple[int, ...]
+    parts: dict[str, Tensor]
+    group_size: int = 0
+    paired: bool = False
+    exact: bool = True
+
+
+def stored_form(source: Source, ours: str, i: int, dtype: torch.dtype | None) -> StoredForm:
+    """Weight ``ours`` of layer i. dtype: of numbers; None: as stored, float16 for what GGUF packs in other ways."""
+    matrix = ours.removeprefix("layers.{i}.").removesuffix(".weight")
+    if matrix in _MATRICES and (packed := source.packed(ours, i)) is not None:
+        return _codes(packed, paired=matrix == "gate_up")
+    stored = dtype_of(source, ours, i)
+    wanted = dtype or stored or torch.float16
+    values = replace(source, dtype=wanted).tensor(ours, i)
+    if wanted == torch.float16 and stored != torch.float16 and not torch.isfinite(values).all():
+        raise CheckpointError(
+            f"{source.checkpoint.path}: {ours.format(i=i)} holds numbers that float16 cannot",
+            "give --dtype bfloat16 or float32",
+        )
+    return StoredForm("dense", tuple(values.shape), {"values": values}, exact=wanted in (stored, torch.float32))
+
+
+def dtype_of(source: Source, ours: str, i: int) -> torch.dtype | None:
+    """In which a weight's numbers are stored, the widest of its parts'; None where they are packed."""
+    widest: torch.dtype | None = None
+    for name in source.sources(ours, i):
+        dtype = getattr(torch, source.checkpoint.dtype(name), None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            return None
+        widest = dtype if widest is None else torch.promote_types(widest, dtype)
+    return widest
+
+
+def _codes(packed: PackedInt4, *, paired: bool) -> StoredForm:
+    num_out, num_in = packed.codes.shape
+    group_size = num_in // packed.scale.shape[1]
+    if packed.minimum is not None and torch.equal(packed.minimum, -_Q4_0_ZERO * packed.scale):
+        zero = torch.full(packed.scale.shape, _Q4_0_ZERO, dtype=torch.uint8)
+        packed = PackedInt4(packed.codes, packed.scale, None, zero)
+    if packed.minimum is not None:
+        parts = {
+            "codes": join_nibbles(packed.codes),
+            "scale": _halves(packed.scale),
+            "minimum": _halves(packed.minimum),
+        }
+        return StoredForm("int4", (num_out, num_in), parts, group_size)
+    if not torch.equal(packed.scale.to(torch.float16).to(packed.scale.dtype), packed.scale):
+        raise CheckpointError("scales of 4-bit weights do not fit float16", "give --dtype float32 to store numbers")
+    tiles = tiles_of(packed, paired=paired)
+    parts = {"tiles": tiles.tiles} | ({} if packed.order is None else {"order": packed.order})
+    return StoredForm("w4", (num_out, num_in), parts, tiles.group_size, paired)
+
+
+def _halves(values: Tensor) -> Tensor:
+    """float16 where that loses nothing: as GGUF has them."""
+    half = values.to(torch.float16)
+    return half if torch.equal(half.float(), values.float()) else values

@@ -1,0 +1,184 @@
+"""A checkpoint into a workspace: one tensor at a time, into files beside the destination, then in one rename."""
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+import xxhash
+
+from lmtool import __version__
+from lmtool.checkpoint.engine_file import ENGINE_FILE, engine_file_text
+from lmtool.checkpoint.formats import MANIFEST, Checkpoint, open_checkpoint
+from lmtool.checkpoint.tensor_file import TensorFile
+from lmtool.checkpoint.workspace import FORMAT_VERSION, Manifest, SourceEntry, TensorEntry, WeightEntry, Workspace
+from lmtool.checkpoint.writer import write_text
+from lmtool.convert import compare
+from lmtool.convert.job import Job, check_source, group_size_of
+from lmtool.convert.place import check_destination, new_folder
+from lmtool.convert.stored import StoredForm, stored_form
+from lmtool.errors import InputError
+from lmtool.models.config import ModelConfig
+from lmtool.models.loader import read_model_config
+from lmtool.models.source import Source, names_of
+from lmtool.tokenizer import Tokenizer, load_tokenizer
+from lmtool.tokenizer.save import save_tokenizer
+
+SHARD_BYTES = 4 << 30
+_READ_BYTES = 16 << 20
+_CPU = torch.device("cpu")
+
+Progress = Callable[[str, int, int], None]  # what is being done, parts done, parts in all
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """What was made. exact: every number and code is the source's; difference: of the logits, None: not compared."""
+
+    manifest: Manifest
+    num_bytes: int
+    exact: bool
+    difference: compare.Difference | None
+
+
+def convert(job: Job, progress: Progress = lambda what, done, total: None) -> Converted:
+    """Raises InputError of the kind that fits, and leaves the destination as it was."""
+    check_destination(job.destination, overwrite=job.overwrite)
+    with closing(open_checkpoint(job.source)) as checkpoint:
+        job.check_checkpoint(checkpoint)
+        check_source(job.source, checkpoint)
+        model = read_model_config(checkpoint.config)
+        job.check_split(model)
+        source = Source(checkpoint, model, names_of(checkpoint), torch.float32, _CPU)
+        source.check_names()
+        tokenizer = load_tokenizer(job.tokenizer_path or job.source, chat_template=job.chat_template)
+        with new_folder(job.destination, overwrite=job.overwrite) as folder:
+            weights, exact = _write_weights(source, folder, _dtype(job), progress)
+            save_tokenizer(tokenizer, job.tokenizer_path or job.source, folder)
+            write_text(folder / ENGINE_FILE, engine_file_text(model.max_positions))
+            manifest = _manifest(job, source, weights, tokenizer, progress)
+            write_text(folder / MANIFEST, _as_json(manifest))
+            difference = _check(folder, source, exact=exact, progress=progress) if job.check else None
+    num_bytes = sum(file.stat().st_size for file in job.destination.iterdir())
+    return Converted(manifest, num_bytes, exact, difference)
+
+
+def _dtype(job: Job) -> torch.dtype | None:
+    return None if job.dtype == "auto" else getattr(torch, job.dtype)
+
+
+def _write_weights(
+    source: Source, folder: Path, dtype: torch.dtype | None, progress: Progress
+) -> tuple[dict[str, WeightEntry], bool]:
+    places = list(weight_places(source.wanted(), source.config))
+    forms = _forms(source, places, dtype, progress)
+    entries: dict[str, WeightEntry] = {}
+    exact, num_files = True, 0
+    while len(entries) < len(places):
+        num_files += 1
+        path = folder / f"weights-{num_files:05d}.safetensors"
+        with TensorFile(path, most_tensors=3 * len(places)) as file:
+            for ours, form in forms:
+                entries[ours] = _write(file, ours, form)
+                exact = exact and form.exact
+                if file.num_bytes >= SHARD_BYTES:
+                    break
+    return entries, exact
+
+
+def weight_places(wanted: list[str], model: ModelConfig) -> Iterator[tuple[str, int]]:
+    """(our name, layer) of every weight, in the order in which a model is loaded."""
+    outer = [ours for ours in wanted if "{i}" not in ours]
+    yield from ((ours, 0) for ours in outer)
+    for i in range(model.num_layers):
+        yield from ((ours, i) for ours in wanted if "{i}" in ours)
+
+
+def _forms(
+    source: Source, places: list[tuple[str, int]], dtype: torch.dtype | None, progress: Progress
+) -> Iterator[tuple[str, StoredForm]]:
+    for done, (ours, i) in enumerate(places):
+        progress("converting", done, len(places))
+        yield ours.format(i=i), stored_form(source, ours, i, dtype)
+    progress("converting", len(places), len(places))
+
+
+def _write(file: TensorFile, ours: str, form: StoredForm) -> WeightEntry:
+    parts = {}
+    for part, tensor in form.parts.items():
+        name = ours if part == "values" else f"{ours}.{part}"
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        parts[part] = TensorEntry(name, file.path.name, dtype, tuple(tensor.shape), file.add(name, tensor))
+    return WeightEntry(form.kind, form.shape, parts, form.group_size, form.paired)
+
+
+def _manifest(
+    job: Job, source: Source, weights: dict[str, WeightEntry], tokenizer: Tokenizer, progress: Progress
+) -> Manifest:
+    checkpoint = source.checkpoint
+    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    if job.dtype != "auto":
+        config |= {"dtype": job.dtype, "torch_dtype": job.dtype}
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        lmtool_version=__version__,
+        source=SourceEntry(job.name, checkpoint.format, dict(_file_sums(job.source, progress))),
+        config=config,
+        generation_config=checkpoint.generation_config,
+        dtype=weights["embed"].parts["values"].dtype,
+        quantization=_quantization(checkpoint, weights),
+        chat_template=tokenizer.chat_template,
+        weights=weights,
+    )
+
+
+def _quantization(checkpoint: Checkpoint, weights: dict[str, WeightEntry]) -> dict[str, Any] | None:
+    """For people: which weights hold codes, of how many bits, in groups of how many."""
+    packed = {name: weight for name, weight in weights.items() if weight.kind != "dense"}
+    if not packed:
+        return None
+    sizes = sorted({weight.group_size for weight in packed.values()})
+    found = group_size_of(checkpoint)
+    return {
+        "bits": 4,
+        "group_size": sizes[0] if len(sizes) == 1 else sizes,
+        "source_group_size": found if found is not None else sizes[0],
+        "weights": len(packed),
+        "zero_points": all(weight.kind == "w4" for weight in packed.values()),
+    }
+
+
+def _file_sums(source: Path, progress: Progress) -> Iterator[tuple[str, str]]:
+    """Name and XXH3 of each weight file of the source."""
+    files = [source] if source.is_file() else sorted(source.glob("*.safetensors"))
+    for done, file in enumerate(files):
+        progress("summing the source's files", done, len(files))
+        digest = xxhash.xxh3_128()
+        with file.open("rb") as stream:
+            while piece := stream.read(_READ_BYTES):
+                digest.update(piece)
+        yield file.name, digest.hexdigest()
+
+
+def _as_json(manifest: Manifest) -> str:
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=1).decode() + "\n"
+
+
+def _check(folder: Path, source: Source, *, exact: bool, progress: Progress) -> compare.Difference:
+    """Raises InputError where what was written is not what was read."""
+    written = Workspace(folder)
+    for done, name in enumerate(written.names()):
+        progress("reading it again", done, len(written.names()))
+        written.verify(name)
+    difference = compare.logits(
+        source, Source(written, source.config, names_of(written), torch.float32, _CPU), progress
+    )
+    if (exact and not difference.equal) or difference.relative > compare.MOST_DIFFERENCE:
+        raise InputError(
+            f"the logits of the converted model differ from the source's by {difference.relative:.1e}",
+            "this is a fault of lmtool's, or of this machine: please report it; --no-check converts all the same",
+        )
+    return difference
