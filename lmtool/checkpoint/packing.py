@@ -1,4 +1,4 @@
-"""4-bit codes in the int32 words of AWQ and GPTQ files, and back. Knows the bits, not the files that hold them.
+"""4- and 8-bit codes in the int32 words of AWQ and GPTQ files, and back. Knows the bits, not the files that hold them.
 
 Everywhere a matrix is [N, K]: N out features, K in features, in groups of g along K: w = (code - zero) · scale.
 """
@@ -6,10 +6,11 @@ Everywhere a matrix is [N, K]: N out features, K in features, in groups of g alo
 import torch
 from torch import Tensor
 
-CODES_IN_WORD = 8
+_WORD_BITS = 32
 # AutoAWQ's GEMM format: nibble p of a word holds the column AWQ_ORDER[p] of its eight
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-_NATURAL_ORDER = tuple(range(CODES_IN_WORD))
+# GPTQ's: fields of a word in the order of what they hold, from the lowest bit
+_IN_ORDER = {4: tuple(range(8)), 8: tuple(range(4))}
 
 
 def pack_awq(codes: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -28,48 +29,43 @@ def unpack_awq(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> tuple[Tensor,
     return codes.contiguous(), scales.t().contiguous(), zero.contiguous()
 
 
-def pack_gptq(codes: Tensor, scale: Tensor, zero: Tensor, *, offset: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """qweight int32 [K/8, N], qzeros int32 [K/g, N/8], scales float16 [K/g, N], as AutoGPTQ writes 4 bits.
+def pack_gptq(
+    codes: Tensor, scale: Tensor, zero: Tensor, *, bits: int = 4, offset: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """qweight int32 [K·b/32, N], qzeros int32 [K/g, N·b/32], scales float16 [K/g, N], as AutoGPTQ has them; b 4 or 8.
 
-    The first version of the format stores zero - 1 (``offset`` 1), gptq_v2 stores zero (``offset`` 0).
+    codes uint8 [N, K] and zero uint8 [N, K/g]; 32/b divides N and K. The first version of the format stores zero - 1
+    (``offset`` 1), gptq_v2 stores zero (``offset`` 0).
     """
-    qweight = _pack_columns(codes, _NATURAL_ORDER).t().contiguous()
-    stored = (zero.t().to(torch.int16) - offset).bitwise_and(15).to(torch.uint8)
-    return qweight, _pack_columns(stored, _NATURAL_ORDER), scale.t().to(torch.float16).contiguous()
+    qweight = _pack_columns(codes, _IN_ORDER[bits]).t().contiguous()
+    stored = (zero.t().to(torch.int16) - offset).bitwise_and((1 << bits) - 1).to(torch.uint8)
+    return qweight, _pack_columns(stored, _IN_ORDER[bits]), scale.t().to(torch.float16).contiguous()
 
 
-def unpack_gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, *, offset: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+def unpack_gptq(
+    qweight: Tensor, qzeros: Tensor, scales: Tensor, *, bits: int = 4, offset: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
     """The inverse of `pack_gptq`. Columns are left in the file's order: g_idx says which group each belongs to."""
-    codes = _unpack_columns(qweight.t(), _NATURAL_ORDER)
-    stored = _unpack_columns(qzeros, _NATURAL_ORDER).t()
-    zero = (stored.to(torch.int16) + offset).bitwise_and(15).to(torch.uint8)
+    codes = _unpack_columns(qweight.t(), _IN_ORDER[bits])
+    stored = _unpack_columns(qzeros, _IN_ORDER[bits]).t()
+    zero = (stored.to(torch.int16) + offset).bitwise_and((1 << bits) - 1).to(torch.uint8)
     return codes.contiguous(), scales.t().contiguous(), zero.contiguous()
-
-
-def unpack_gptq8(qweight: Tensor, qzeros: Tensor, scales: Tensor, *, offset: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """As `unpack_gptq` of 8-bit codes, four in a word: codes uint8 [N, K], scale [N, K/g], zero uint8 [N, K/g]."""
-    codes = _bytes(qweight.t())
-    zero = (_bytes(qzeros).t().to(torch.int16) + offset).bitwise_and(255).to(torch.uint8)
-    return codes.contiguous(), scales.t().contiguous(), zero.contiguous()
-
-
-def _bytes(words: Tensor) -> Tensor:
-    """int32 [R, C] → uint8 [R, 4·C], the lowest byte first."""
-    return torch.stack([(words >> (8 * i)).bitwise_and(255).to(torch.uint8) for i in range(4)], dim=-1).flatten(1)
 
 
 def _pack_columns(values: Tensor, order: tuple[int, ...]) -> Tensor:
-    """values [R, C] 0..15 → int32 [R, C/8]: nibble p of word c is the value of column 8·c + order[p]."""
-    eights = values.reshape(values.shape[0], -1, CODES_IN_WORD).to(torch.int32)
-    words = torch.zeros(eights.shape[:2], dtype=torch.int32, device=values.device)
-    for nibble, column in enumerate(order):
-        words |= eights[..., column] << (4 * nibble)
+    """values uint8 [R, C] → int32 [R, C/n], n = len(order): field p of word c is the value of column n·c + order[p]."""
+    bits = _WORD_BITS // len(order)
+    together = values.reshape(values.shape[0], -1, len(order)).to(torch.int32)
+    words = torch.zeros(together.shape[:2], dtype=torch.int32, device=values.device)
+    for field, column in enumerate(order):
+        words |= together[..., column] << (bits * field)
     return words
 
 
 def _unpack_columns(words: Tensor, order: tuple[int, ...]) -> Tensor:
     """The inverse of `_pack_columns`: uint8 [R, C]."""
-    values = torch.empty((*words.shape, CODES_IN_WORD), dtype=torch.uint8, device=words.device)
-    for nibble, column in enumerate(order):
-        values[..., column] = (words >> (4 * nibble)).bitwise_and(15).to(torch.uint8)
+    bits = _WORD_BITS // len(order)
+    values = torch.empty((*words.shape, len(order)), dtype=torch.uint8, device=words.device)
+    for field, column in enumerate(order):
+        values[..., column] = (words >> (bits * field)).bitwise_and((1 << bits) - 1).to(torch.uint8)
     return values.flatten(1)

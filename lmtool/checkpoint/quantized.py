@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lmtool.checkpoint.formats import Checkpoint, PackedInt4, StoredW4
-from lmtool.checkpoint.packing import unpack_awq, unpack_gptq, unpack_gptq8
+from lmtool.checkpoint.packing import unpack_awq, unpack_gptq
 from lmtool.checkpoint.staging import StoredTensor
 from lmtool.errors import CheckpointError
 
@@ -24,12 +24,13 @@ _WHAT_RUNS = "4-bit AWQ (version gemm) and 4- or 8-bit GPTQ run, in groups of 32
 @dataclass(frozen=True, slots=True)
 class QuantScheme:
     """method 'awq' or 'gptq'; bits 4, or 8 (gptq); group_size along K, 0: all of K; zero_offset: a stored zero point
-    is the true one minus this (1 in the first version of GPTQ's format)."""
+    is the true one minus this (1 in the first version of GPTQ's format); head_bits 8: the output head is int8."""
 
     method: str
     bits: int
     group_size: int
     zero_offset: int = 0
+    head_bits: int = 16
 
 
 def read_scheme(path: Path, config: Mapping[str, Any]) -> QuantScheme | None:
@@ -45,10 +46,13 @@ def read_scheme(path: Path, config: Mapping[str, Any]) -> QuantScheme | None:
     method = str(quantization.get("quant_method", "?")).lower()
     version = str(quantization.get("version" if method == "awq" else "checkpoint_format", "")).lower()
     bits, group_size = quantization.get("bits"), quantization.get("group_size")
-    if _runs(method, version, bits, group_size) and quantization.get("zero_point", True) is not False:
+    runs = _runs(method, version, bits, group_size) and quantization.get("zero_point", True) is not False
+    head_bits = quantization.get("head_bits", 16)
+    if runs and head_bits in (8, 16):
         offset = 1 if method == "gptq" and version != "gptq_v2" else 0
-        return QuantScheme(method, int(str(bits)), max(int(str(group_size)), 0), offset)
-    said = [f"{key} {quantization[key]}" for key in ("bits", "group_size", "zero_point") if key in quantization]
+        return QuantScheme(method, int(str(bits)), max(int(str(group_size)), 0), offset, head_bits)
+    keys = ("bits", "group_size", "zero_point", "head_bits")
+    said = [f"{key} {quantization[key]}" for key in keys if key in quantization]
     named = ", ".join(part for part in (method, version, *said) if part)
     raise CheckpointError(f"{path} is quantized in a way that cannot be run: {named}", _WHAT_RUNS)
 
@@ -78,6 +82,7 @@ class QuantizedCheckpoint:
             for part in ("qzeros", "scales"):
                 if _part(name, part) not in present:
                     raise CheckpointError(f"{self.path}: {_part(name, part)} is missing", "download the model again")
+        self._heads = self._int8_heads() if scheme.head_bits == 8 else set()
         if not self._quantized:
             raise CheckpointError(
                 f"{self.path}: config.json says {scheme.method}, but no matrix is quantized",
@@ -86,9 +91,13 @@ class QuantizedCheckpoint:
 
     def names(self) -> list[str]:
         hidden = {_part(name, part) for name in self._quantized for part in ("qweight", *_PARTS[self.format])}
-        return [*sorted(self._quantized), *(name for name in self._inner.names() if name not in hidden)]
+        hidden |= {part for name in self._heads for part in head_parts(name)}
+        seen = (name for name in self._inner.names() if name not in hidden)
+        return [*sorted(self._quantized), *sorted(self._heads), *seen]
 
     def shape(self, name: str) -> tuple[int, ...]:
+        if name in self._heads:
+            return self._inner.shape(head_parts(name)[0])
         if name not in self._quantized:
             return self._inner.shape(name)
         rows, columns = self._inner.shape(_part(name, "qweight"))
@@ -96,10 +105,15 @@ class QuantizedCheckpoint:
         return (columns * in_word, rows) if self.format == "awq" else (columns, rows * in_word)
 
     def dtype(self, name: str) -> str:
+        if name in self._heads:
+            return "int8"
         return f"int{self.scheme.bits}" if name in self._quantized else self._inner.dtype(name)
 
     def tensor(self, name: str) -> Tensor:
         """Of a quantized matrix the numbers that its codes stand for, float32."""
+        if name in self._heads:
+            head, of_rows = (self._inner.tensor(part) for part in head_parts(name))
+            return head.float().mul_(of_rows.float()[:, None])
         if name not in self._quantized:
             return self._inner.tensor(name)
         codes, scale, zero, group_of = self._unpack(name, torch.device("cpu"))
@@ -109,7 +123,7 @@ class QuantizedCheckpoint:
         return (codes.float() - zero) * scale
 
     def stored(self, name: str) -> StoredTensor | None:
-        return None if name in self._quantized else self._inner.stored(name)
+        return None if name in self._quantized | self._heads else self._inner.stored(name)
 
     def stored_w4(self, name: str) -> StoredW4 | None:
         return None
@@ -131,6 +145,23 @@ class QuantizedCheckpoint:
     def close(self) -> None:
         self._inner.close()
 
+    def _int8_heads(self) -> set[str]:
+        """Names of the heads whose two parts are there and fit."""
+        found = {name.removesuffix("codes") + "weight" for name in self._present if name.endswith(".codes")}
+        for name in found or {"lm_head.weight"}:
+            codes, scale = head_parts(name)
+            missing = [part for part in (codes, scale) if part not in self._present]
+            if missing:
+                raise CheckpointError(f"{self.path}: {missing[0]} is missing", "download the model again")
+            dtypes = self._inner.dtype(codes), self._inner.dtype(scale)
+            if dtypes != ("int8", "bfloat16") or self._inner.shape(scale) != self._inner.shape(codes)[:1]:
+                raise CheckpointError(
+                    f"{self.path}: {codes} ({dtypes[0]} {list(self._inner.shape(codes))}) and {scale} ({dtypes[1]} "
+                    f"{list(self._inner.shape(scale))}) are no int8 head",
+                    "config.json and the weights are not of one model",
+                )
+        return found
+
     def _unpack(self, name: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """codes [N, K], scale and zero [N, groups], and the group of each column where they are not in order."""
         words, zeros, scales = (
@@ -139,8 +170,8 @@ class QuantizedCheckpoint:
         self._check(name, words, zeros, scales)
         if self.format == "awq":
             return *unpack_awq(words, zeros, scales), None
-        unpack = unpack_gptq if self.scheme.bits == 4 else unpack_gptq8
-        codes, scale, zero = unpack(words, zeros, scales, offset=self.scheme.zero_offset)
+        scheme = self.scheme
+        codes, scale, zero = unpack_gptq(words, zeros, scales, bits=scheme.bits, offset=scheme.zero_offset)
         return codes, scale, zero, self._group_of(name, codes.shape[1], scale.shape[1], device)
 
     def _outline(self, name: str, device: torch.device) -> PackedInt4:
@@ -182,6 +213,14 @@ class QuantizedCheckpoint:
                 f"{num_out} × {num_in} {self.scheme.bits}-bit weights in groups of {num_in // max(num_groups, 1)}",
                 "config.json and the weights are not of one model",
             )
+
+
+def head_parts(name: str) -> tuple[str, str]:
+    """Of an int8 output head ``name``: its codes int8 [V, H], and bfloat16 [V] what a code of each row stands for.
+
+    Names of lmtool's own: where a head is tied to the embedding other readers pass over them.
+    """
+    return name.removesuffix("weight") + "codes", name.removesuffix("weight") + "scale"
 
 
 def _part(name: str, part: str) -> str:

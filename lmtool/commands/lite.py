@@ -33,8 +33,14 @@ SearchScale = Annotated[
     bool,
     typer.Option("--search-scale", help="Accepted: the search is on anyway.", rich_help_panel=_FORMAT),
 ]
-WBits = Annotated[int, typer.Option(help="Bits of a weight: 4.", rich_help_panel=_FORMAT)]
-WSym = Annotated[bool, typer.Option("--w-sym", help="Without zero points (not yet).", rich_help_panel=_FORMAT)]
+WBits = Annotated[int, typer.Option(help="Bits of a weight: 4, or 8 (in GPTQ's format).", rich_help_panel=_FORMAT)]
+WSym = Annotated[
+    bool, typer.Option("--w-sym", help="One fixed zero point (in GPTQ's format).", rich_help_panel=_FORMAT)
+]
+HeadBits = Annotated[
+    int,
+    typer.Option(help="Bits of the output head: 16 as it is; 8, which only lmtool reads.", rich_help_panel=_FORMAT),
+]
 WGroupSize = Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128.", rich_help_panel=_FORMAT)]
 Method = Annotated[
     str,
@@ -77,6 +83,7 @@ def auto_awq(
     w_bits: WBits = 4,
     w_sym: WSym = False,
     w_group_size: WGroupSize = 128,
+    head_bits: HeadBits = 16,
     skip: Skip = None,
     search_scale: SearchScale = False,
     dtype: Dtype = "auto",
@@ -86,7 +93,7 @@ def auto_awq(
     fresh: Fresh = False,
     eval_windows: EvalWindows = 8,
 ) -> None:
-    """Quantize a model's weights to 4 bits (AWQ's format); the same command again goes on where it was stopped."""
+    """Quantize a model's weights to 4 bits (8 if asked); the same command again goes on where it was stopped."""
     from lmtool.quant.options import CalibrationOptions, QuantOptions
 
     if eval_windows < 0:
@@ -95,7 +102,13 @@ def auto_awq(
         dataset=calib_dataset, samples=calib_samples, seqlen=calib_seqlen, batch_size=batch_size, seed=seed
     )
     quant = QuantOptions(
-        method=method, bits=w_bits, symmetric=w_sym, group_size=w_group_size, skip=tuple(skip or ()), dtype=dtype
+        method=method,
+        bits=w_bits,
+        symmetric=w_sym,
+        group_size=w_group_size,
+        head_bits=head_bits,
+        skip=tuple(skip or ()),
+        dtype=dtype,
     )
 
     from lmtool.checkpoint.hub import resolve_model

@@ -56,6 +56,8 @@ class QuantProgress:
             f"{_size(plan.output)} for the model; the time is known after one block",
             highlight=False,
         )
+        for note in plan.notes:
+            self._console.print(note, highlight=False)
         if plan.blocks_done:
             self._console.print(f"{plan.blocks_done} blocks are done already: going on", highlight=False)
         self._bar.start()

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from lmtool import kernels
 from lmtool.checkpoint.formats import Checkpoint, PackedInt4
+from lmtool.checkpoint.quantized import head_parts
 from lmtool.checkpoint.staging import Stager
 from lmtool.errors import CheckpointError
-from lmtool.layers.weights import W4, Dense, Int4Cpu, Int8Cpu, Matrix
+from lmtool.layers.weights import W4, Dense, Int4Cpu, Int8Cpu, Matrix, round_int8
 from lmtool.models import own_names
 from lmtool.models.config import ModelConfig
 from lmtool.models.decoder import Decoder, DecoderLayer
@@ -275,8 +276,14 @@ class Source:
         )
 
     def head(self, embed: Tensor) -> Matrix:
-        weight = embed if self.config.tie_word_embeddings else self.tensor("head.weight")
-        return Int8Cpu(weight) if self.keep_int4 and self.device.type == "cpu" else Dense(weight)
+        name = self.sources("head.weight", 0)[0]
+        stored_int8 = name in self.checkpoint.names() and self.checkpoint.dtype(name) == "int8"
+        as_int8 = self.keep_int4 and self.device.type == "cpu"
+        if stored_int8 and as_int8:
+            self.check_shape("head.weight", 0)
+            return Int8Cpu(*(self.checkpoint.tensor(part) for part in head_parts(name)))
+        weight = self.tensor("head.weight") if stored_int8 or not self.config.tie_word_embeddings else embed
+        return Int8Cpu(*round_int8(weight)) if as_int8 else Dense(weight)
 
 
 def tiles_of(packed: PackedInt4, *, paired: bool) -> kernels.W4Tiles:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lmtool.quant.gram import gram_loss
-from lmtool.quant.grid import grid_of, rounded
+from lmtool.quant.grid import Levels, grid_of, rounded
 
 # powers of the activations that are tried: first these, then both sides of the best, nearer each time
 COARSE = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -20,7 +20,7 @@ _SMALLEST = 1e-4
 
 
 def search_scale(
-    weight: Tensor, gram: Tensor, mean_abs: Tensor, group_size: int, *, shared_by: tuple[int, int] | None = None
+    weight: Tensor, gram: Tensor, mean_abs: Tensor, levels: Levels, *, shared_by: tuple[int, int] | None = None
 ) -> tuple[Tensor, float]:
     """The scale [K] with the least loss among candidates, and that loss as a share of plain rounding's.
 
@@ -28,15 +28,15 @@ def search_scale(
     shared_by (Hkv, G): K is Hkv · G · D, and the G heads of a group take one scale (v → o under GQA).
     """
     rows = weight[:: -(-weight.shape[0] // MOST_ROWS)]
-    plain = _loss(rows, gram, None, group_size)
-    activations, weights = _share(mean_abs, shared_by), _share(_weight_term(weight, group_size), shared_by)
+    plain = _loss(rows, gram, None, levels)
+    activations, weights = _share(mean_abs, shared_by), _share(_weight_term(weight, levels.group_size), shared_by)
 
     def scale_at(power: float, by_weights: bool) -> Tensor:
         scale = activations**power
         return _normalised(scale / weights ** (1 - power) if by_weights else scale)
 
     def loss_at(power: float, by_weights: bool) -> float:
-        return _loss(rows, gram, scale_at(power, by_weights), group_size)
+        return _loss(rows, gram, scale_at(power, by_weights), levels)
 
     tried = {(power, by_weights): loss_at(power, by_weights) for power in COARSE for by_weights in (False, True)}
     for step in FINER:
@@ -57,12 +57,12 @@ def smoothing_scale(
     return _normalised(activations.sqrt() / _share(_weight_term(weight, group_size), shared_by).sqrt())
 
 
-def _loss(weight: Tensor, gram: Tensor, scale: Tensor | None, group_size: int) -> float:
+def _loss(weight: Tensor, gram: Tensor, scale: Tensor | None, levels: Levels) -> float:
     if scale is None:
-        delta = rounded(weight, grid_of(weight, group_size)) - weight
+        delta = rounded(weight, grid_of(weight, levels)) - weight
     else:
         scaled = weight * scale
-        delta = rounded(scaled, grid_of(scaled, group_size)).div_(scale).sub_(weight)
+        delta = rounded(scaled, grid_of(scaled, levels)).div_(scale).sub_(weight)
     return float(gram_loss(delta, gram).sum())
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lmtool.quant.grid import LEVELS, Codes, Grid
+from lmtool.quant.grid import Codes, Grid
 
 # by how much correlations between inputs are taken to be smaller than the calibration text shows them
 SHRINKAGE = 0.4
@@ -54,7 +54,7 @@ def gptq(weight: Tensor, feedback: Feedback, grid: Grid, scale: Tensor | None = 
     codes = torch.empty_like(left)
     for first in range(0, num_in, _PANEL):
         last = min(first + _PANEL, num_in)
-        errors = _round_panel(left, codes, step, zero, feedback.upper, first, last)
+        errors = _round_panel(left, codes, step, zero, grid.highest, feedback.upper, first, last)
         left[last:].addmm_(feedback.upper[first:last, last:].t(), errors, alpha=-1)
     natural = torch.empty_like(codes)
     natural[order] = codes
@@ -62,13 +62,13 @@ def gptq(weight: Tensor, feedback: Feedback, grid: Grid, scale: Tensor | None = 
 
 
 def _round_panel(
-    left: Tensor, codes: Tensor, step: Tensor, zero: Tensor, upper: Tensor, first: int, last: int
+    left: Tensor, codes: Tensor, step: Tensor, zero: Tensor, highest: int, upper: Tensor, first: int, last: int
 ) -> Tensor:
     """Round columns first:last (rows of ``left``), spread their errors among themselves; errors [last - first, N]."""
     errors = torch.empty_like(left[first:last])
     for column in range(first, last):
         values = left[column]
-        code = (values / step[column]).round_().add_(zero[column]).clamp_(0, LEVELS)
+        code = (values / step[column]).round_().add_(zero[column]).clamp_(0, highest)
         codes[column] = code
         error = errors[column - first]
         torch.sub(values, code.sub_(zero[column]).mul_(step[column]), out=error)

@@ -56,7 +56,7 @@ def check(blocks: Blocks, job: Job) -> list[str]:
         raise ConfigError(
             f"--calib-seqlen is {job.calibration.seqlen}, the model's context is {context}", "give a smaller one"
         )
-    check_sizes(job.options.group_size, in_features, out_features)
+    check_sizes(job.options, in_features, out_features)
     _check_work_dir(job)
     return skipped
 

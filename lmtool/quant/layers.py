@@ -1,7 +1,6 @@
 """A checkpoint's blocks one at a time, and their matrices back under the checkpoint's own names and order of rows."""
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -9,8 +8,10 @@ import torch
 from torch import Tensor
 
 from lmtool.checkpoint.formats import Checkpoint
-from lmtool.checkpoint.packing import pack_awq
+from lmtool.checkpoint.packing import pack_awq, pack_gptq
+from lmtool.checkpoint.quantized import head_parts
 from lmtool.errors import CheckpointError, ConfigError
+from lmtool.layers.weights import round_int8
 from lmtool.models.decoder import DecoderLayer
 from lmtool.models.hf_view import huggingface_names
 from lmtool.models.loader import read_model_config
@@ -18,6 +19,7 @@ from lmtool.models.registry import family
 from lmtool.models.source import Source, in_stored_order
 from lmtool.quant.grid import Codes
 from lmtool.quant.groups import GROUPS, matrix_of
+from lmtool.quant.options import QuantOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +75,12 @@ class Blocks:
         shapes = [self.checkpoint.shape(name) for name in names]
         return [Linear(n.removesuffix(".weight"), s[0], s[1]) for n, s in zip(names, shapes, strict=True)]
 
-    def quantized_tensors(self, i: int, group: str, codes: Codes) -> dict[str, Tensor]:
-        """A rounded matrix as AWQ's files name and pack it, one triple for each linear of the checkpoint."""
+    def quantized_tensors(self, i: int, group: str, codes: Codes, options: QuantOptions) -> dict[str, Tensor]:
+        """A rounded matrix as AWQ's or GPTQ's files name and pack it, for each linear of the checkpoint."""
         stacked = Codes(*(self._as_stacked(f"{group}.weight", part) for part in (codes.codes, codes.scale, codes.zero)))
         tensors, first = {}, 0
         for linear in self.linears(i, group):
-            packed = pack_awq(*_fields(stacked.rows(first, first + linear.num_out)))
-            for suffix, tensor in zip(("qweight", "qzeros", "scales"), packed, strict=True):
+            for suffix, tensor in _packed(stacked.rows(first, first + linear.num_out), options).items():
                 tensors[f"{linear.name}.{suffix}"] = tensor
             first += linear.num_out
         return tensors
@@ -100,6 +101,19 @@ class Blocks:
         outer = [ours for ours in self._source.wanted() if not ours.startswith("layers.")]
         names = [name for ours in outer for name in self._source.sources(ours, 0)]
         return {name: prod(self.checkpoint.shape(name)) for name in names}
+
+    def head_tensors(self) -> dict[str, Tensor]:
+        """The head as int8 codes [V, H] and bfloat16 scales [V]. Raises CheckpointError where it holds NaN or inf."""
+        (name,) = self._source.sources("embed" if self.config.tie_word_embeddings else "head.weight", 0)
+        weight = self.checkpoint.tensor(name)
+        if not torch.isfinite(weight).all():
+            raise CheckpointError(f"{self.checkpoint.path}: weights of {name} are not numbers", "download it again")
+        return dict(zip(head_parts(self.head_name), round_int8(weight), strict=True))
+
+    @property
+    def head_name(self) -> str:
+        """The checkpoint's, where the head is not tied to the embedding."""
+        return self._source.sources("head.weight", 0)[0]
 
     def _split(self, ours: str, i: int, value: Tensor) -> dict[str, Tensor]:
         names = self._source.sources(ours, i)
@@ -128,5 +142,11 @@ def skipped_groups(blocks: Blocks, i: int, patterns: tuple[str, ...]) -> set[str
     return skipped
 
 
-def _fields(codes: Codes) -> Iterator[Tensor]:
-    yield from (codes.codes.cpu(), codes.scale.cpu(), codes.zero.cpu())
+def _packed(codes: Codes, options: QuantOptions) -> dict[str, Tensor]:
+    fields = (codes.codes.cpu(), codes.scale.cpu(), codes.zero.cpu())
+    if options.format == "awq":
+        return dict(zip(("qweight", "qzeros", "scales"), pack_awq(*fields), strict=True))
+    # columns lie in order; GPTQ's readers want to be told all the same
+    group_of = torch.arange(codes.codes.shape[1], dtype=torch.int32) // options.group_size
+    packed = pack_gptq(*fields, bits=options.bits)
+    return dict(zip(("qweight", "qzeros", "scales", "g_idx"), (*packed, group_of), strict=True))

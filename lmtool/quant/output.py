@@ -1,5 +1,6 @@
 """A finished `.state/` into a model's folder: weights, tokenizer, what was measured; config.json last."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,18 @@ def write_model(
     """Everything but `.state/`; the quality report is returned. about: of the model and the calibration text."""
     block_of: dict[str, int] = {}
     sizes: dict[str, int] = {name: 2 * count for name, count in blocks.outer_names().items()}
+    head = blocks.head_tensors() if options.head_bits == 8 else {}
+    if head:
+        sizes = {name: size for name, size in sizes.items() if name != blocks.head_name}
+        sizes |= {name: tensor.nbytes for name, tensor in head.items()}
     for i in range(len(blocks)):
         for name, size in state.sizes(i).items():
             block_of[name] = i
             sizes[name] = size
 
     def load(name: str) -> Tensor:
+        if name in head:
+            return head[name]
         if name in block_of:
             return state.tensor(block_of[name], name)
         return blocks.checkpoint.tensor(name).to(dtype)
@@ -51,7 +58,20 @@ def write_model(
 
 def _config(blocks: Blocks, options: QuantOptions, dtype: torch.dtype, skipped: list[str]) -> dict[str, Any]:
     config = {key: value for key, value in blocks.checkpoint.config.items() if key not in ("torch_dtype", "dtype")}
-    quantization = {
+    quantization = _said_of_awq(options, skipped) if options.format == "awq" else _said_of_gptq(options, skipped)
+    if options.head_bits == 8:
+        quantization["head_bits"] = 8
+        if not blocks.config.tie_word_embeddings:
+            # no head is left that others could read: by this name they refuse, where some would else make one up
+            config.pop("auto_map", None)
+            config["model_type"] = f"lmtool_{config.get('model_type', 'model')}"
+    # transformers 5 reads dtype, vLLM and older readers torch_dtype
+    name = str(dtype).removeprefix("torch.")
+    return config | {"dtype": name, "torch_dtype": name, "quantization_config": quantization}
+
+
+def _said_of_awq(options: QuantOptions, skipped: list[str]) -> dict[str, Any]:
+    return {
         "quant_method": "awq",
         "bits": options.bits,
         "group_size": options.group_size,
@@ -59,9 +79,30 @@ def _config(blocks: Blocks, options: QuantOptions, dtype: torch.dtype, skipped: 
         "version": "gemm",
         "modules_to_not_convert": ["lm_head", *skipped],
     }
-    # transformers 5 reads dtype, vLLM and older readers torch_dtype
-    name = str(dtype).removeprefix("torch.")
-    return config | {"dtype": name, "torch_dtype": name, "quantization_config": quantization}
+
+
+def _said_of_gptq(options: QuantOptions, skipped: list[str]) -> dict[str, Any]:
+    """The first version of the format: all readers know it, and some take the second for the first."""
+    said: dict[str, Any] = {
+        "quant_method": "gptq",
+        "bits": options.bits,
+        "group_size": options.group_size,
+        "sym": options.symmetric,
+        "desc_act": False,
+        "checkpoint_format": "gptq",
+        "lm_head": False,
+    }
+    # gptqmodel and vLLM leave out what a "-:" pattern matches; vLLM asks for its own fused matrices
+    names = dict.fromkeys(other for name in skipped for other in (name, _fused(name)))
+    return said | ({"dynamic": {f"-:{re.escape(name)}$": {} for name in names}} if skipped else {})
+
+
+def _fused(name: str) -> str:
+    """The name of the matrix of which vLLM makes a linear a part."""
+    stem, _, last = name.rpartition(".")
+    fused = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj")
+    fused |= dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj")
+    return f"{stem}.{fused.get(last, last)}"
 
 
 def _quality(
@@ -72,9 +113,12 @@ def _quality(
     return {
         "lmtool": __version__,
         "method": options.method,
+        "format": options.format,
         "bits": options.bits,
+        "symmetric": options.symmetric,
         "group_size": options.group_size,
-        "bits_per_weight": options.bits + (16 + options.bits) / options.group_size,
+        "bits_per_weight": options.bits_per_weight,
+        "head_bits": options.head_bits,
         **about,
         "skipped": skipped,
         "layers": layers,

@@ -1,4 +1,4 @@
-"""`lite auto_awq`: block by block from a checkpoint to a 4-bit one, resumable after each block.
+"""`lite auto_awq`: block by block from a checkpoint to a quantized one, resumable after each block.
 
 A work dir is shared with `calibrate`: statistics under `calibration/`, resumable state under `.state/`, the model's
 files at the top. Does not know the command line, Rich or the engine.
@@ -107,13 +107,13 @@ def _run_blocks(
             blocks.config,
             statistics,
             method=job.options.method,
-            group_size=job.options.group_size,
+            levels=job.options.levels,
             skipped=skipped,
             dtype=dtype,
         )
         tensors = blocks.dense_tensors(i, layer, skipped, dtype)
         for outcome in outcomes:
-            tensors |= blocks.quantized_tensors(i, outcome.group, outcome.codes)
+            tensors |= blocks.quantized_tensors(i, outcome.group, outcome.codes, job.options)
         report = {"layer": i, "linears": [_entry(blocks, i, outcome) for outcome in outcomes]}
         state.commit(i, tensors, report)
         listener.block_done(i, report, time.perf_counter() - started)

@@ -15,7 +15,10 @@ _WEIGHTS_AT_ONCE = 4
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Sizes in bytes. ``hidden`` is mapped from the work dir: the host's memory keeps of it what it can."""
+    """Sizes in bytes. ``hidden`` is mapped from the work dir: the host's memory keeps of it what it can.
+
+    notes: what is unusual about the files that will be written, a line each.
+    """
 
     num_blocks: int
     blocks_done: int
@@ -24,6 +27,7 @@ class Plan:
     hidden: int
     disk: int
     output: int
+    notes: tuple[str, ...] = ()
 
 
 def plan_run(
@@ -37,8 +41,9 @@ def plan_run(
     rows = calibration.batch_size * calibration.seqlen
     activations = _FLOAT * rows * (3 * config.hidden_size + 3 * config.intermediate_size + config.qkv_size)
     hidden = _FLOAT * num_tokens * config.hidden_size
-    bits = options.bits + (16 + options.bits) / options.group_size
-    output = int(weights * config.num_layers * bits / 8) + 2 * sum(blocks.outer_names().values())
+    output = int(weights * config.num_layers * options.bits_per_weight / 8) + 2 * sum(blocks.outer_names().values())
+    if options.head_bits == 8:  # beside a tied head, else instead of one in half precision
+        output += config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else -1)
     return Plan(
         num_blocks=len(blocks),
         blocks_done=blocks_done,
@@ -47,4 +52,5 @@ def plan_run(
         hidden=2 * hidden,
         disk=2 * hidden + 2 * output,
         output=output,
+        notes=options.notes,
     )

@@ -47,7 +47,11 @@ def markdown(quality: Quality, *, picture: bool) -> str:
 
 def _facts(quality: Quality) -> Iterable[tuple[str, str]]:
     yield "method", quality["method"]
-    yield "weights", f"{quality['bits']} bits in groups of {quality['group_size']}"
+    zero = "a fixed zero point" if quality["symmetric"] else "zero points"
+    yield "weights", f"{quality['bits']} bits with {zero} in groups of {quality['group_size']}"
+    yield "format", {"awq": "AWQ", "gptq": "GPTQ"}[quality["format"]]
+    if quality["head_bits"] == 8:
+        yield "output head", "int8, a scale for each row: lmtool's own"
     text = quality["calibration"]
     yield (
         "calibration text",

@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from lmtool.quant.grid import Codes, grid_of, round_to
+from lmtool.quant.grid import Codes, Levels, grid_of, round_to
 
 
-def rtn(weight: Tensor, group_size: int) -> Codes:
+def rtn(weight: Tensor, levels: Levels) -> Codes:
     """weight float32 [N, K]."""
-    return round_to(weight, grid_of(weight, group_size))
+    return round_to(weight, grid_of(weight, levels))

@@ -17,7 +17,7 @@ from lmtool.quant.awq import search_scale, smoothing_scale
 from lmtool.quant.clip import search_grid
 from lmtool.quant.gptq import Feedback, gptq
 from lmtool.quant.gram import Statistics, gram_loss, is_usable
-from lmtool.quant.grid import Codes, Grid, grid_of, round_to
+from lmtool.quant.grid import Codes, Grid, Levels, grid_of, round_to
 from lmtool.quant.rtn import rtn
 
 _SCALED = ("smooth", "awq", "best")
@@ -49,16 +49,16 @@ class Rounding:
     """A method, and what it knows of one input."""
 
     method: str
-    group_size: int
+    levels: Levels
     gram: Tensor
     mean_abs: Tensor
     feedback: Feedback | None
 
     @classmethod
-    def of(cls, method: str, group_size: int, gram: Tensor, mean_abs: Tensor) -> "Rounding":
+    def of(cls, method: str, levels: Levels, gram: Tensor, mean_abs: Tensor) -> "Rounding":
         """Raises torch's LinAlgError where feedback is asked for and the Gram matrix cannot be factored."""
         feedback = Feedback.of(gram) if method in _FED_BACK else None
-        return cls(method, group_size, gram, mean_abs, feedback)
+        return cls(method, levels, gram, mean_abs, feedback)
 
     def codes(self, weight: Tensor, scale: Tensor | None) -> Codes:
         """Round weight · scale."""
@@ -70,9 +70,9 @@ class Rounding:
     def grid(self, weight: Tensor, scale: Tensor | None) -> Grid:
         scaled = weight if scale is None else weight * scale
         if self.method not in _CLIPPED:
-            return grid_of(scaled, self.group_size)
+            return grid_of(scaled, self.levels)
         gram = self.gram if scale is None else self.gram / scale / scale[:, None]
-        return search_grid(scaled, gram, self.group_size)
+        return search_grid(scaled, gram, self.levels)
 
     def error(self, codes: Codes, weight: Tensor, scale: Tensor | None = None) -> float:
         """Squared error of the output, mean over tokens, summed over rows; weight: before it was scaled."""
@@ -85,8 +85,8 @@ class Rounding:
         if self.method not in _SCALED:
             return None
         if self.method == "smooth":
-            return smoothing_scale(weight, self.mean_abs, self.group_size, shared_by=shared_by)
-        found, _ = search_scale(weight, self.gram, self.mean_abs, self.group_size, shared_by=shared_by)
+            return smoothing_scale(weight, self.mean_abs, self.levels.group_size, shared_by=shared_by)
+        found, _ = search_scale(weight, self.gram, self.mean_abs, self.levels, shared_by=shared_by)
         rows = weight[:: -(-weight.shape[0] // _MOST_TRIAL_ROWS)]
         candidates = [found**power for power in _POWERS]
         errors = [
@@ -100,7 +100,8 @@ class Rounding:
         if self.feedback is None:
             return [self.codes(rows, scale) for scale in scales]
         grids = [self.grid(rows, scale) for scale in scales]
-        together = Grid(torch.cat([grid.scale for grid in grids]), torch.cat([grid.zero for grid in grids]))
+        scale, zero = (torch.cat([getattr(grid, part) for grid in grids]) for part in ("scale", "zero"))
+        together = Grid(scale, zero, self.levels.highest)
         each_row = torch.cat([scale.expand_as(rows) for scale in scales])
         codes = gptq(rows.repeat(len(scales), 1), self.feedback, together, each_row)
         return [codes.rows(first, first + len(rows)) for first in range(0, len(each_row), len(rows))]
@@ -112,7 +113,7 @@ def quantize_block(
     statistics: Mapping[str, Statistics],
     *,
     method: str,
-    group_size: int,
+    levels: Levels,
     skipped: set[str],
     dtype: torch.dtype,
 ) -> list[Outcome]:
@@ -123,7 +124,7 @@ def quantize_block(
     """
     wanted = [group for group in groups.GROUPS if group not in skipped]
     if not statistics:
-        return [_plainly(layer, group, group_size) for group in wanted]
+        return [_plainly(layer, group, levels) for group in wanted]
     roundings: dict[str, Rounding] = {}
     notes: dict[str, str] = {}
     for group in wanted:
@@ -132,7 +133,7 @@ def quantize_block(
             notes[group] = "its inputs are not finite"
             continue
         try:
-            roundings[group] = Rounding.of(method, group_size, gram, statistics[group].mean_abs)
+            roundings[group] = Rounding.of(method, levels, gram, statistics[group].mean_abs)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # torch does not list it
             notes[group] = "the Gram matrix of its inputs cannot be factored"
     scales: dict[str, Tensor] = {}
@@ -143,7 +144,7 @@ def quantize_block(
     for group, scale in scales.items():  # after all searches: folding changes rows of another group's matrix
         scales[group] = groups.fold(layer, config, group, scale, dtype)
     return [
-        _plainly(layer, group, group_size, notes[group])
+        _plainly(layer, group, levels, notes[group])
         if group in notes
         else _rounded(layer, group, roundings[group], scales.get(group))
         for group in wanted
@@ -154,14 +155,14 @@ def _rounded(layer: DecoderLayer, group: str, rounding: Rounding, scale: Tensor 
     scaled = groups.matrix_of(layer, group).weight
     weight = scaled if scale is None else scaled / scale
     energy = max(float(gram_loss(weight, rounding.gram).sum()), 1e-30)
-    plain = rounding.error(rtn(weight, rounding.group_size), weight)
+    plain = rounding.error(rtn(weight, rounding.levels), weight)
     codes = rounding.codes(weight, scale)
     error = rounding.error(codes, weight, scale)
     if not isfinite(energy + plain + error):
-        return _plainly(layer, group, rounding.group_size, "its outputs are not finite")
+        return _plainly(layer, group, rounding.levels, "its outputs are not finite")
     return Outcome(group, codes, plain / energy, error / energy)
 
 
-def _plainly(layer: DecoderLayer, group: str, group_size: int, note: str = "") -> Outcome:
+def _plainly(layer: DecoderLayer, group: str, levels: Levels, note: str = "") -> Outcome:
     weight = groups.matrix_of(layer, group).weight
-    return Outcome(group, rtn(weight, group_size), note=note)
+    return Outcome(group, rtn(weight, levels), note=note)

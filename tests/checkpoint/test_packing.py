@@ -43,3 +43,23 @@ def test_there_and_back(out_features: int, in_features: int, group: int) -> None
         assert [part.dtype for part in words] == [torch.int32, torch.int32, torch.float16]
         for before, after in zip(matrix, unpack(*words), strict=True):
             torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+def test_gptq_packs_8_bits_four_to_a_word() -> None:
+    codes = torch.tensor([0x10, 0x32, 0x54, 0xF6], dtype=torch.uint8)[None].expand(4, 4)
+    zero = torch.tensor([128, 1, 0, 255], dtype=torch.uint8)[:, None]
+    qweight, qzeros, _ = pack_gptq(codes, torch.ones(4, 1).half(), zero, bits=8)
+    assert _as_unsigned(qweight) == [["f6543210"] * 4]
+    assert _as_unsigned(qzeros) == [["feff007f"]]
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_8_bits_there_and_back(offset: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 256, (24, 128), dtype=torch.uint8, generator=generator)
+    scale = torch.rand((24, 2), generator=generator).half()
+    zero = torch.randint(0, 256, (24, 2), dtype=torch.uint8, generator=generator)
+    words = pack_gptq(codes, scale, zero, bits=8, offset=offset)
+    assert [tuple(part.shape) for part in words] == [(32, 24), (2, 6), (2, 24)]
+    for before, after in zip((codes, scale, zero), unpack_gptq(*words, bits=8, offset=offset), strict=True):
+        torch.testing.assert_close(after, before, rtol=0, atol=0)

@@ -34,6 +34,27 @@ def test_the_course_s_auto_awq(here: Path, capsys: pytest.CaptureFixture[str]) -
     assert config["quantization_config"]["quant_method"] == "awq"
 
 
+@pytest.mark.parametrize(
+    ("flags", "bits", "symmetric", "said"),
+    [
+        ("--w_bits 8", 8, False, "AWQ's cannot say 8 bits"),
+        ("--w_sym True", 4, True, "AWQ's cannot say a fixed zero point"),
+        ("--w-bits 8 --w-sym", 8, True, "AWQ's cannot say 8 bits and a fixed zero point"),
+    ],
+)
+def test_what_awq_cannot_say_is_written_in_gptqs_format(
+    flags: str, bits: int, symmetric: bool, said: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = f"auto_awq model --calib-samples 0 --w-group-size 32 --eval-windows 0 --work-dir out {flags}"
+    assert lite(line) == 0
+    assert f"written in GPTQ's format: {said}" in capsys.readouterr().err
+    said_of_weights = json.loads((here / "out" / "config.json").read_text())["quantization_config"]
+    assert said_of_weights["quant_method"] == "gptq"
+    assert (said_of_weights["bits"], said_of_weights["sym"]) == (bits, symmetric)
+    assert lite("auto_awq model --calib-samples 0 --w-group-size 32 --work-dir plain --w_sym False") == 0
+    assert "GPTQ" not in capsys.readouterr().err
+
+
 def test_the_course_s_calibrate_and_then_auto_awq_in_its_folder(here: Path) -> None:
     line = "calibrate --model model --calib_dataset text.txt --calib_samples 5 --calib_seqlen 32 --work_dir out"
     assert lite(line) == 0
@@ -57,8 +78,8 @@ def test_the_course_s_calibrate_and_then_auto_awq_in_its_folder(here: Path) -> N
             "is none of .txt, .md, .jsonl, .json",
         ),
         ("auto_awq model --calib-samples 0", "--w-group-size 128 does not divide the 64 inputs of model.layers.0"),
-        ("auto_awq model --w-bits 8", "--w-bits is 8; give 4"),
-        ("auto_awq model --w-sym", "--w-sym is True; give False"),
+        ("auto_awq model --w-bits 3", "--w-bits is 3; give 4 or 8"),
+        ("auto_awq model --head-bits 4", "--head-bits is 4; give 8 or 16"),
         ("auto_awq model --w-group-size 48", "--w-group-size is 48; give 32, 64 or 128"),
         ("auto_awq model --method magic", "--method is 'magic'; give one of rtn, smooth, awq, gptq, best"),
         ("auto_awq model --skip (", "--skip '('"),

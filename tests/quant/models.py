@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from lmtool.checkpoint.packing import unpack_awq
 from lmtool.models.loader import read_model_config
@@ -116,18 +117,30 @@ def run(*args: Any, **options: Any) -> dict[str, Any]:
     return quantize(job(*args, **options), Silent())
 
 
+def as_gptq_readers_do(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor) -> Tensor:
+    """[N, K] float32 in the format's own words, which know no wrap-around: scales[g_idx] · (code - (stored + 1))."""
+    bits = 32 * qweight.shape[0] // g_idx.shape[0]
+    shifts, mask = torch.arange(0, 32, bits), (1 << bits) - 1
+    codes = ((qweight[:, None] >> shifts[:, None]) & mask).reshape(len(g_idx), -1)
+    zeros = ((qzeros[..., None] >> shifts) & mask).reshape(len(scales), -1) + 1
+    return (scales[g_idx].float() * (codes - zeros[g_idx])).t()
+
+
 def dense_again(quantized: Path, folder: Path) -> Path:
     """The same weights as numbers, for a reader that knows no AWQ."""
     tensors: dict[str, torch.Tensor] = {}
     for file in quantized.glob("*.safetensors"):
         tensors |= load_file(file)
-    dense = {name: tensor for name, tensor in tensors.items() if not name.endswith(("qweight", "qzeros", "scales"))}
+    parts = ("qweight", "qzeros", "scales", "g_idx")
+    dense = {name: tensor for name, tensor in tensors.items() if not name.endswith(parts)}
     for name, qweight in tensors.items():
         if name.endswith(".qweight"):
             stem = name.removesuffix(".qweight")
-            dense[f"{stem}.weight"] = Codes(
-                *unpack_awq(qweight, tensors[f"{stem}.qzeros"], tensors[f"{stem}.scales"])
-            ).dequantize()
+            qzeros, scales = tensors[f"{stem}.qzeros"], tensors[f"{stem}.scales"]
+            if f"{stem}.g_idx" in tensors:
+                dense[f"{stem}.weight"] = as_gptq_readers_do(qweight, qzeros, scales, tensors[f"{stem}.g_idx"])
+            else:
+                dense[f"{stem}.weight"] = Codes(*unpack_awq(qweight, qzeros, scales)).dequantize()
     folder.mkdir()
     save_file({name: tensor.contiguous() for name, tensor in dense.items()}, folder / "model.safetensors")
     config = json.loads((quantized / "config.json").read_text())

@@ -29,7 +29,7 @@ def test_its_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     tiny_folder(tmp_path / "tiny", hidden_size=128, intermediate_size=128, max_position_embeddings=1024)
     (tmp_path / "my-texts").mkdir()
     text_file(tmp_path / "my-texts" / "a.txt", repeats=1200)
-    assert len(LINES) == 6
+    assert len(LINES) == 7
     for line in LINES:
         words = shlex.split(line.replace("smollm2-135m", "./tiny"))[1:]
         if words[0] == "chat":

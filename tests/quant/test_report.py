@@ -56,6 +56,9 @@ def test_fallbacks_and_skipped_are_named() -> None:
         "model": "m",
         "method": "best",
         "bits": 4,
+        "symmetric": True,
+        "format": "gptq",
+        "head_bits": 8,
         "bits_per_weight": 4.5,
         "group_size": 32,
         "calibration": None,
@@ -67,6 +70,8 @@ def test_fallbacks_and_skipped_are_named() -> None:
     text = markdown(quality, picture=False)
     assert "| layers.1.up | its inputs are not finite |" in text
     assert "* layers.0.down" in text
+    assert "| weights | 4 bits with a fixed zero point in groups of 32 |" in text
+    assert "| output head | int8, a scale for each row: lmtool's own |" in text
     assert "What it lost" not in text
 
 
