@@ -45,6 +45,8 @@ def sample(
 
 def _survivors(row: Tensor, top_k: int, top_p: float, min_p: float) -> tuple[Tensor, Tensor]:
     """row [V] → (logits, ids) of the tokens that top-k, then top-p, then min-p leave."""
+    if not (0 < top_k < row.shape[0] or top_p < 1 or min_p > 0):
+        return row, torch.arange(row.shape[0], device=row.device)
     threshold = row.max() + torch.log(torch.tensor(min_p)) if min_p > 0 else row.new_tensor(-torch.inf)
     num_top = row.shape[0]
     if 0 < top_k < row.shape[0]:
