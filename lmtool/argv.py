@@ -27,6 +27,7 @@ BOOLEAN_FLAGS: dict[str, str | None] = {
     "--w-sym": None,
     "--fresh": None,
     "--overwrite": None,
+    "--dense": None,
     "--check": "--no-check",
     "--no-check": "--check",
     "--show-prompt": None,

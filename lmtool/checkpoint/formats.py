@@ -48,6 +48,23 @@ class PackedInt4:
 
 
 @dataclass(frozen=True, slots=True)
+class PackedInt8:
+    """A matrix of 8-bit codes in groups of g along K, as GGUF's Q8_0 has them: ``w = code · scale``.
+
+    codes  int8 [N, K]
+    scale  float16 [N, K / g]
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+
+    def dequantize(self) -> torch.Tensor:
+        """float32 [N, K], exact: a code times a float16 has 19 bits."""
+        grouped = self.codes.view(*self.scale.shape, -1).to(torch.float32)
+        return grouped.mul_(self.scale.float()[..., None]).flatten(1)
+
+
+@dataclass(frozen=True, slots=True)
 class StoredW4:
     """Where the `kernels.W4Tiles` of a matrix lie, and the order of their in features (None: as they come)."""
 
@@ -95,6 +112,10 @@ class Checkpoint(Protocol):
 
     def packed_int4(self, name: str, device: torch.device | None = None) -> PackedInt4 | None:
         """4-bit codes as they are stored, unpacked on ``device`` (a CPU if not given); None for anything else."""
+        ...
+
+    def packed_int8(self, name: str) -> PackedInt8 | None:
+        """8-bit codes as they are stored; None for anything else."""
         ...
 
     def close(self) -> None:

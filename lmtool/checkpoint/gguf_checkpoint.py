@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lmtool.checkpoint.formats import PackedInt4, StoredW4
+from lmtool.checkpoint.formats import PackedInt4, PackedInt8, StoredW4
 from lmtool.checkpoint.gguf_config import INTERLEAVED_ROPE, ROPE_FREQS, hf_config, hf_name
 from lmtool.checkpoint.gguf_file import GgufFile
 from lmtool.checkpoint.staging import StoredTensor
@@ -54,6 +54,13 @@ class GgufCheckpoint:
         codes, scale, minimum = _unpack_int4(self.file.blocks(stored), kind)
         return PackedInt4(*(self._half_split_rows(name, part).to(device or "cpu") for part in (codes, scale, minimum)))
 
+    def packed_int8(self, name: str) -> PackedInt8 | None:
+        stored = self._stored(name)
+        if self.file.tensors[stored].type.name != "q8_0":
+            return None
+        packed = _unpack_int8(self.file.blocks(stored))
+        return PackedInt8(self._half_split_rows(name, packed.codes), self._half_split_rows(name, packed.scale))
+
     def close(self) -> None:
         """Nothing to do: the mapping goes with the last view of it."""
 
@@ -70,6 +77,8 @@ class GgufCheckpoint:
         if entry.type.name in ("q4_0", "q4_1"):
             # the package takes 1.1 s for SmolLM2's 210 matrices, this 0.3 s
             return PackedInt4(*_unpack_int4(blocks, entry.type.name)).dequantize().view(entry.shape)
+        if entry.type.name == "q8_0":
+            return _unpack_int8(blocks).dequantize().view(entry.shape)
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
@@ -85,6 +94,15 @@ class GgufCheckpoint:
             return rows
         per_head = rows.view(self.config[heads], -1, 2, *rows.shape[1:])  # [heads, d/2, 2, …]
         return per_head.transpose(1, 2).reshape(rows.shape)
+
+
+def _unpack_int8(blocks: np.ndarray[Any, np.dtype[np.uint8]]) -> PackedInt8:
+    """A block is a float16 scale and 32 codes (ggml's block_q8_0)."""
+    num_rows = blocks.shape[0]
+    block = blocks.reshape(num_rows, -1, 34)
+    codes = np.ascontiguousarray(block[..., 2:]).view(np.int8).reshape(num_rows, -1)
+    scale = np.ascontiguousarray(block[..., :2]).view(np.float16).reshape(num_rows, -1)
+    return PackedInt8(torch.from_numpy(codes), torch.from_numpy(scale))
 
 
 def _unpack_int4(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmtool.checkpoint.formats import Checkpoint, PackedInt4, StoredW4
+from lmtool.checkpoint.formats import Checkpoint, PackedInt4, PackedInt8, StoredW4
 from lmtool.checkpoint.packing import unpack_awq, unpack_gptq
 from lmtool.checkpoint.staging import StoredTensor
 from lmtool.errors import CheckpointError
@@ -141,6 +141,9 @@ class QuantizedCheckpoint:
             order = torch.argsort(group_of, stable=True)
             codes = codes.index_select(1, order)
         return PackedInt4(codes, scale, None, zero, order)
+
+    def packed_int8(self, name: str) -> PackedInt8 | None:
+        return None
 
     def close(self) -> None:
         self._inner.close()

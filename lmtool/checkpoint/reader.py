@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lmtool.checkpoint.formats import PackedInt4, StoredW4
+from lmtool.checkpoint.formats import PackedInt4, PackedInt8, StoredW4
 from lmtool.checkpoint.staging import StoredTensor
 from lmtool.errors import CheckpointError
 
@@ -105,6 +105,9 @@ class HfCheckpoint:
 
     def packed_int4(self, name: str, device: torch.device | None = None) -> PackedInt4 | None:
         self._shard(name)
+        return None
+
+    def packed_int8(self, name: str) -> PackedInt8 | None:
         return None
 
     def close(self) -> None:

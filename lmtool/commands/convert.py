@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,10 +10,11 @@ from lmtool.commands import options
 from lmtool.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lmtool.convert.to_workspace import Converted
+    from lmtool.convert.compare import Difference
+    from lmtool.convert.job import Job
 
 _DEFAULT_DESTINATION = Path("workspace")
-TARGETS = ("lmtool", "hf", "gguf")
+TARGETS = ("lmtool", "hf")
 
 First = Annotated[
     str, typer.Argument(metavar="[NAME] MODEL", help="What to convert: a folder, a .gguf file, a hub id.")
@@ -25,7 +26,7 @@ DstPath = Annotated[
         "--dst-path", "-o", help="Where to put it (default for a workspace: ./workspace).", show_default=False
     ),
 ]
-To = Annotated[str, typer.Option(help="lmtool: the engine's own format. hf, gguf: a workspace back.")]
+To = Annotated[str, typer.Option(help="lmtool: the engine's own format. hf: a workspace back.")]
 Dtype = Annotated[
     str,
     typer.Option(
@@ -37,6 +38,7 @@ GroupSize = Annotated[int | None, typer.Option(help="Insist on the group size of
 Tp = Annotated[int, typer.Option(help="Check that so many GPUs can share it. Nothing is split: each reads its part.")]
 TokenizerPath = Annotated[Path | None, typer.Option(help="A folder with the tokenizer, if it is not with the weights.")]
 QuantPath = Annotated[Path | None, typer.Option(help="A folder with the quantized weights, if MODEL is not it.")]
+Dense = Annotated[bool, typer.Option("--dense", help="With --to hf: 4-bit codes become numbers.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the destination once the new one is complete.")]
 Check = Annotated[
     bool, typer.Option("--check/--no-check", help="Read it all again, and compare a prompt's logits with the source's.")
@@ -58,6 +60,7 @@ def convert(
     chat_template: options.ChatTemplate = None,
     revision: options.Revision = None,
     download_dir: options.DownloadDir = None,
+    dense: Dense = False,
     overwrite: Overwrite = False,
     check: Check = True,
     json: Json = False,
@@ -71,61 +74,108 @@ def convert(
     name, model = (first, second) if second is not None else (None, first)
     if name is not None and chat_template is not None:
         raise ConfigError(f"{name} and --chat-template {chat_template} are one thing", "give one of them")
-    from lmtool.checkpoint.hub import resolve_model
-    from lmtool.convert.job import Job
+    if to == "lmtool":
+        _refuse(("--dense", dense), why="4-bit codes stay codes in a workspace")
+        from lmtool.checkpoint.hub import resolve_model
+        from lmtool.convert.job import Job
+
+        job = Job(
+            source=quant_path or resolve_model(model, revision=revision, download_dir=download_dir),
+            name=str(quant_path or model),
+            destination=dst_path or _DEFAULT_DESTINATION,
+            dtype=dtype,
+            model_format=model_format,
+            group_size=group_size,
+            tokenizer_path=tokenizer_path or (resolve_model(model) if quant_path else None),
+            chat_template=chat_template or name,
+            tp=tp,
+            overwrite=overwrite,
+            check=check,
+        )
+        _to_workspace(job, as_json=json)
+        return
+    of_checkpoints = {
+        "NAME or --chat-template": chat_template or name,
+        "--model-format": model_format,
+        "--group-size": group_size,
+        "--tp": tp if tp != 1 else None,
+        "--tokenizer-path": tokenizer_path,
+        "--quant-path": quant_path,
+        "--revision": revision,
+    }
+    _refuse(*of_checkpoints.items(), why=f"with --to {to} a workspace is read")
+    if dst_path is None:
+        raise ConfigError(f"--to {to} has no destination", "give --dst-path")
+    _to_hf(Path(model), dst_path, dtype=dtype, dense=dense, overwrite=overwrite, check=check, as_json=json)
+
+
+def _refuse(*flags: tuple[str, object], why: str) -> None:
+    for flag, value in flags:
+        if value:
+            raise ConfigError(f"{flag} means nothing here: {why}", "leave it out")
+
+
+def _to_workspace(job: "Job", *, as_json: bool) -> None:
+    from lmtool.chat.loading import loading
     from lmtool.convert.to_workspace import convert as run
 
-    source = quant_path or resolve_model(model, revision=revision, download_dir=download_dir)
-    job = Job(
-        source=source,
-        name=str(quant_path or model),
-        destination=dst_path or _DEFAULT_DESTINATION,
-        dtype=dtype,
-        model_format=model_format,
-        group_size=group_size,
-        tokenizer_path=tokenizer_path or (resolve_model(model) if quant_path else None),
-        chat_template=chat_template or name,
-        tp=tp,
-        overwrite=overwrite,
-        check=check,
-    )
-    from lmtool.chat.loading import loading
-
     with loading(job.name) as progress:
-        made = run(job, *([progress] if progress else []))
-    _say(job.destination, made, as_json=json)
-
-
-def _say(destination: Path, made: "Converted", *, as_json: bool) -> None:
-    import msgspec
-
+        made = run(job, progress)
     manifest = made.manifest
     if as_json:
-        text = msgspec.json.encode(
-            {
-                "path": str(destination),
-                "bytes": made.num_bytes,
-                "weights": len(manifest.weights),
-                "dtype": manifest.dtype,
-                "quantization": manifest.quantization,
-                "source": manifest.source,
-                "exact": made.exact,
-                "check": made.difference,
-            }
-        ).decode()
-        print(text)
+        _print_json(
+            path=str(job.destination),
+            bytes=made.num_bytes,
+            weights=len(manifest.weights),
+            dtype=manifest.dtype,
+            quantization=manifest.quantization,
+            source=manifest.source,
+            exact=made.exact,
+            check=made.difference,
+        )
         return
     how = manifest.dtype
     if manifest.quantization is not None:
-        how = f"4 bits in groups of {manifest.quantization['group_size']}, else {how}"
-    print(f"{destination}: {len(manifest.weights)} weights, {made.num_bytes / 1e9:.2f} GB, {how}")
-    if made.difference is not None:
-        same = (
-            "the same logits as the source's, bit by bit"
-            if made.difference.equal
-            else (
-                f"logits within {made.difference.relative:.1e} of the source's, "
-                f"{made.difference.same_top:.0%} of the likeliest tokens the same"
-            )
+        counted = (f"{count} of kind {kind}" for kind, count in manifest.quantization["weights"].items())
+        how = f"{', '.join(counted)}, else {how}"
+    print(f"{job.destination}: {len(manifest.weights)} weights, {made.num_bytes / 1e9:.2f} GB, {how}")
+    _say_difference(made.difference)
+
+
+def _to_hf(path: Path, destination: Path, *, as_json: bool, **settings: Any) -> None:
+    from lmtool.chat.loading import loading
+    from lmtool.convert.to_hf import export
+
+    with loading(str(path)) as progress:
+        made = export(path, destination, progress=progress, **settings)
+    if as_json:
+        _print_json(
+            path=str(destination),
+            bytes=made.num_bytes,
+            tensors=made.num_tensors,
+            format="awq" if made.quantized else "hf",
+            check=made.difference,
         )
-        print(f"lmtool: every tensor was read again; {same}", file=sys.stderr)
+        return
+    how = "AWQ" if made.quantized else "numbers"
+    print(f"{destination}: {made.num_tensors} tensors, {made.num_bytes / 1e9:.2f} GB, {how}")
+    if made.why_numbers is not None:
+        print(f"lmtool: 4-bit codes became numbers: {made.why_numbers}", file=sys.stderr)
+    _say_difference(made.difference)
+
+
+def _print_json(**found: Any) -> None:
+    import msgspec
+
+    print(msgspec.json.encode(found).decode())
+
+
+def _say_difference(found: "Difference | None") -> None:
+    if found is None:
+        return
+    same = "its logits are those of the source, bit by bit"
+    if not found.equal:
+        same = (
+            f"its logits are within {found.relative:.1e} of the source's ({found.same_top:.0%} of top tokens the same)"
+        )
+    print(f"lmtool: read again and run against the source: {same}", file=sys.stderr)

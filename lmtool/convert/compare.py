@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lmtool import kernels
+from lmtool.errors import InputError
 from lmtool.layers.rotary import cos_sin_table
 from lmtool.models.block import Block
 from lmtool.models.source import Source
@@ -26,6 +27,17 @@ class Difference:
     equal: bool
     relative: float
     same_top: float  # share of positions with the same likeliest token
+
+
+def check(source: Source, other: Source, *, exact: bool, progress: Progress) -> Difference:
+    """exact: they must be the same. Raises InputError where ``other`` is not the same model."""
+    found = logits(source, other, progress)
+    if (exact and not found.equal) or not found.relative <= MOST_DIFFERENCE:
+        raise InputError(
+            f"the logits of the converted model differ from the source's by {found.relative:.1e} of their size",
+            "this is a fault of lmtool's, or of this machine: please report it; --no-check converts all the same",
+        )
+    return found
 
 
 def logits(source: Source, other: Source, progress: Progress) -> Difference:

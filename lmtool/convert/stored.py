@@ -31,10 +31,12 @@ class StoredForm:
 
 
 def stored_form(source: Source, ours: str, i: int, dtype: torch.dtype | None) -> StoredForm:
-    """Weight ``ours`` of layer i. dtype: of numbers; None: as stored, float16 for what GGUF packs in other ways."""
+    """Weight ``ours`` of layer i. dtype: of numbers; None: as stored, float16 for what GGUF packs otherwise."""
     matrix = ours.removeprefix("layers.{i}.").removesuffix(".weight")
     if matrix in _MATRICES and (packed := source.packed(ours, i)) is not None:
         return _codes(packed, paired=matrix == "gate_up")
+    if dtype is None and (eight := _int8(source, ours, i)) is not None:
+        return eight
     stored = dtype_of(source, ours, i)
     wanted = dtype or stored or torch.float16
     values = replace(source, dtype=wanted).tensor(ours, i)
@@ -55,6 +57,18 @@ def dtype_of(source: Source, ours: str, i: int) -> torch.dtype | None:
             return None
         widest = dtype if widest is None else torch.promote_types(widest, dtype)
     return widest
+
+
+def _int8(source: Source, ours: str, i: int) -> StoredForm | None:
+    """Codes of 8 bits where all of a weight has them: as numbers they would not fit float16."""
+    names = source.sources(ours, i)
+    parts = [part for name in names if (part := source.checkpoint.packed_int8(name)) is not None]
+    if len(parts) < len(names):
+        return None
+    source.check_shape(ours, i)
+    codes, scale = (torch.cat([getattr(part, field) for part in parts]) for field in ("codes", "scale"))
+    group_size = codes.shape[1] // scale.shape[1]
+    return StoredForm("int8", tuple(codes.shape), {"codes": codes, "scale": scale}, group_size)
 
 
 def _codes(packed: PackedInt4, *, paired: bool) -> StoredForm:

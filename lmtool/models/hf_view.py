@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmtool.checkpoint.formats import Checkpoint, PackedInt4, StoredW4
+from lmtool.checkpoint.formats import Checkpoint, PackedInt4, PackedInt8, StoredW4
 from lmtool.checkpoint.staging import StoredTensor
 from lmtool.errors import CheckpointError
 from lmtool.models.config import ModelConfig
@@ -80,6 +80,9 @@ class HfView:
 
     def stored_w4(self, name: str) -> StoredW4 | None:
         self._at(name)
+        return None
+
+    def packed_int8(self, name: str) -> PackedInt8 | None:
         return None
 
     def close(self) -> None:
