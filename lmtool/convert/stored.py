@@ -15,6 +15,7 @@ from lmtool.errors import CheckpointError
 from lmtool.models.source import Source, tiles_of
 
 _MATRICES = ("qkv", "o", "gate_up", "down")
+_TABLES = ("embed", "head")  # no kernel multiplies their codes
 _Q4_0_ZERO = 8
 
 
@@ -33,8 +34,10 @@ class StoredForm:
 def stored_form(source: Source, ours: str, i: int, dtype: torch.dtype | None) -> StoredForm:
     """Weight ``ours`` of layer i. dtype: of numbers; None: as stored, float16 for what GGUF packs otherwise."""
     matrix = ours.removeprefix("layers.{i}.").removesuffix(".weight")
-    if matrix in _MATRICES and (packed := source.packed(ours, i)) is not None:
-        return _codes(packed, paired=matrix == "gate_up")
+    if matrix in _MATRICES or (dtype is None and matrix in _TABLES):
+        packed = source.packed(ours, i)
+        if packed is not None:
+            return _codes(packed, paired=matrix == "gate_up", multiplied=matrix in _MATRICES)
     if dtype is None and (eight := _int8(source, ours, i)) is not None:
         return eight
     stored = dtype_of(source, ours, i)
@@ -71,10 +74,10 @@ def _int8(source: Source, ours: str, i: int) -> StoredForm | None:
     return StoredForm("int8", tuple(codes.shape), {"codes": codes, "scale": scale}, group_size)
 
 
-def _codes(packed: PackedInt4, *, paired: bool) -> StoredForm:
+def _codes(packed: PackedInt4, *, paired: bool, multiplied: bool) -> StoredForm:
     num_out, num_in = packed.codes.shape
     group_size = num_in // packed.scale.shape[1]
-    if packed.minimum is not None and torch.equal(packed.minimum, -_Q4_0_ZERO * packed.scale):
+    if multiplied and packed.minimum is not None and torch.equal(packed.minimum, -_Q4_0_ZERO * packed.scale):
         zero = torch.full(packed.scale.shape, _Q4_0_ZERO, dtype=torch.uint8)
         packed = PackedInt4(packed.codes, packed.scale, None, zero)
     if packed.minimum is not None:

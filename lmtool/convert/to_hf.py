@@ -87,7 +87,11 @@ def export(
 
 def _why_not_awq(workspace: Workspace) -> str | None:
     """AWQ's format knows zero points, one group size, and in features as they come."""
-    weights = [weight for weight in workspace.manifest.weights.values() if weight.kind in ("w4", "int4")]
+    weights = [
+        weight
+        for name, weight in workspace.manifest.weights.items()
+        if name.startswith("layers.") and weight.kind in ("w4", "int4")
+    ]
     if any(weight.kind == "int4" for weight in weights):
         return "AWQ has zero points and these weights have minimums (GGUF's Q4_1)"
     if any("order" in weight.parts for weight in weights):
