@@ -15,7 +15,7 @@ ENGINE_WORDS = {"turbomind": "turbomind", "pytorch": "pytorch", "torch": "pytorc
 ENGINE_COMMANDS = {"chat"}
 
 # commands whose MODEL may also be given as `--model MODEL`
-MODEL_COMMANDS = {"chat", "convert", "lite auto-awq", "lite calibrate", "lite eval"}
+MODEL_COMMANDS = {"chat", "convert", "inspect", "lite auto-awq", "lite calibrate", "lite eval"}
 
 # a boolean flag -> what to say for an explicit False; None: saying nothing means False
 BOOLEAN_FLAGS: dict[str, str | None] = {
@@ -28,6 +28,8 @@ BOOLEAN_FLAGS: dict[str, str | None] = {
     "--fresh": None,
     "--overwrite": None,
     "--dense": None,
+    "--verify": "--no-verify",
+    "--no-verify": "--verify",
     "--check": "--no-check",
     "--no-check": "--check",
     "--show-prompt": None,

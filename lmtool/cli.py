@@ -28,6 +28,7 @@ UsageError: Any = typer.BadParameter.__mro__[2]
 COMMANDS = {
     "chat": ("lmtool.commands.chat", "chat"),
     "convert": ("lmtool.commands.convert", "convert"),
+    "inspect": ("lmtool.commands.inspect", "inspect"),
     "list": ("lmtool.commands.list_models", "list_models"),
     "check-env": ("lmtool.commands.check_env", "check_env"),
 }

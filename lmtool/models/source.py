@@ -242,7 +242,7 @@ class Source:
     def _outline(self, weight_name: str, i: int, bias: Tensor | None) -> Matrix:
         """The shape of `tiles_of`'s matrix, and no arithmetic: on meta tensors its first use takes seconds."""
         part = self.checkpoint.packed_int4(self.sources(weight_name, i)[0], self.device)
-        if part is None:
+        if part is None or part.zero is None:
             return Dense(self.tensor(weight_name, i), bias)
         num_out, num_in = self.shape(weight_name)
         group_size = min(part.codes.shape[1] // part.scale.shape[1], kernels.W4_LARGEST_GROUP)

@@ -1,0 +1,161 @@
+"""What a checkpoint or a workspace is, what running it takes, and whether it is whole. Nothing is loaded."""
+
+from collections import Counter
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lmtool.checkpoint.formats import Checkpoint, open_checkpoint, workspace_of
+from lmtool.checkpoint.workspace import Workspace
+from lmtool.convert.to_workspace import Progress, silent
+from lmtool.engine.kv_cache import BLOCK_SIZE, block_bytes
+from lmtool.errors import ConfigError, TokenizerError
+from lmtool.layers.weights import W4, Dense, Matrix
+from lmtool.models.config import ModelConfig
+from lmtool.models.decoder import Decoder
+from lmtool.models.loader import outline_decoder, read_model_config
+from lmtool.models.source import Source, names_of
+from lmtool.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes on a GPU: of the weights, of the K/V cache for ``concurrency`` conversations of ``context`` tokens."""
+
+    dtype: str
+    context: int
+    concurrency: int
+    weights: int
+    cache: int
+    cache_per_token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """stored: how many weights of each dtype or code; chat_template: its text; no_tokenizer: why there is none;
+    verified: every byte was read and compared with its checksum, which only a workspace has."""
+
+    path: str
+    format: str
+    model: ModelConfig
+    num_parameters: int
+    file_bytes: int
+    stored: dict[str, int]
+    group_sizes: list[int]
+    source: str | None
+    lmtool_version: str | None
+    chat_template: str | None
+    no_tokenizer: str | None
+    memory: Memory
+    verified: bool
+
+
+def inspect(
+    path: Path,
+    *,
+    context: int | None = None,
+    concurrency: int = 1,
+    verify: bool = True,
+    progress: Progress | None = None,
+) -> Inspection:
+    """context: tokens of a conversation; None: the model's own. Raises CheckpointError for what is damaged."""
+    path = workspace_of(path)
+    with closing(open_checkpoint(path)) as checkpoint:
+        model = read_model_config(checkpoint.config)
+        context = context or model.max_positions
+        if context < 1 or concurrency < 1:
+            raise ConfigError(f"--context {context} --concurrency {concurrency}", "give numbers above 0")
+        _check_shapes(checkpoint, model)
+        is_workspace = isinstance(checkpoint, Workspace)
+        if is_workspace and verify:
+            _verify(checkpoint, progress or silent)
+        manifest = checkpoint.manifest if isinstance(checkpoint, Workspace) else None
+        template, no_tokenizer = _template(path)
+        return Inspection(
+            path=str(path),
+            format=checkpoint.format,
+            model=model,
+            num_parameters=model.num_parameters,
+            file_bytes=_file_bytes(path),
+            stored=dict(Counter(checkpoint.dtype(name) for name in checkpoint.names())),
+            group_sizes=_group_sizes(checkpoint),
+            source=manifest.source.name if manifest else None,
+            lmtool_version=manifest.lmtool_version if manifest else None,
+            chat_template=template,
+            no_tokenizer=no_tokenizer,
+            memory=memory_on_gpu(checkpoint, model, context, concurrency),
+            verified=is_workspace and verify,
+        )
+
+
+def memory_on_gpu(checkpoint: Checkpoint, model: ModelConfig, context: int, concurrency: int) -> Memory:
+    """What the engine would hold there; beside it a CUDA context, graphs and workspaces take about 1 GB."""
+    numbers = torch.bfloat16 if model.dtype == "bfloat16" else torch.float16  # as `choose_dtype` on a card since 8.0
+    keep_int4 = any(checkpoint.dtype(name) == "int4" for name in checkpoint.names())
+    outline = outline_decoder(checkpoint, model, numbers, keep_int4=keep_int4)
+    block = block_bytes(model, numbers)
+    blocks = -(-context // BLOCK_SIZE) * concurrency + 1
+    return Memory(
+        dtype=str(numbers).removeprefix("torch."),
+        context=context,
+        concurrency=concurrency,
+        weights=_decoder_bytes(outline, model.num_layers),
+        cache=blocks * block,
+        cache_per_token=block // BLOCK_SIZE,
+    )
+
+
+def _decoder_bytes(outline: Decoder, num_layers: int) -> int:
+    layer = outline.layers[-1]
+    matrices = (layer.qkv, layer.o, layer.gate_up, layer.down)
+    norms = [norm for norm in (layer.attention_norm, layer.mlp_norm, layer.q_norm, layer.k_norm) if norm is not None]
+    one = sum(_matrix_bytes(matrix) for matrix in matrices) + sum(norm.nbytes for norm in norms)
+    head = 0 if outline.config.tie_word_embeddings else _matrix_bytes(outline.head)
+    return one * num_layers + outline.embed.nbytes + head + outline.final_norm.nbytes
+
+
+def _matrix_bytes(matrix: Matrix) -> int:
+    if isinstance(matrix, W4):
+        held = [matrix.tiles.tiles, matrix.bias]
+    else:
+        assert isinstance(matrix, Dense)
+        held = [matrix.weight, matrix.bias]
+    return sum(tensor.nbytes for tensor in held if tensor is not None)
+
+
+def _check_shapes(checkpoint: Checkpoint, model: ModelConfig) -> None:
+    source = Source(checkpoint, model, names_of(checkpoint), torch.float32, torch.device("meta"))
+    source.check_names()
+    for ours in source.wanted():
+        for i in range(model.num_layers if "{i}" in ours else 1):
+            source.check_shape(ours, i)
+
+
+def _verify(workspace: Checkpoint, progress: Progress) -> None:
+    assert isinstance(workspace, Workspace)
+    names = workspace.names()
+    for done, name in enumerate(names):
+        progress("reading every byte", done, len(names))
+        workspace.verify(name)
+
+
+def _file_bytes(path: Path) -> int:
+    files = [path] if path.is_file() else path.glob("*.safetensors")
+    return sum(file.stat().st_size for file in files)
+
+
+def _group_sizes(checkpoint: Checkpoint) -> list[int]:
+    if isinstance(checkpoint, Workspace):
+        return sorted({weight.group_size for weight in checkpoint.manifest.weights.values() if weight.group_size})
+    quantization = checkpoint.config.get("quantization_config")
+    return [int(quantization["group_size"])] if isinstance(quantization, dict) else []
+
+
+def _template(path: Path) -> tuple[str | None, str | None]:
+    """The chat template, and why there is no tokenizer."""
+    try:
+        return load_tokenizer(path).chat_template, None
+    except TokenizerError as error:
+        return None, error.cause
