@@ -1,7 +1,7 @@
 """`lmtool lite`: make a model smaller. Flags of both generations of LMDeploy, each described once."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,17 +18,27 @@ _RUN = "Run"
 
 WorkDir = Annotated[Path, typer.Option(metavar="FOLDER", help="Where the result goes.", rich_help_panel=_RUN)]
 CalibDataset = Annotated[
-    str,
+    str | None,
     typer.Option(
         metavar="self|FILE|FOLDER|NAME",
-        help="self: what the model writes itself; txt, md, jsonl or json; or c4, ptb, wikitext2, pileval from the hub.",
+        help="self (default): what the model writes itself; txt, md, jsonl or json; or c4, ptb, wikitext2, pileval "
+        "from the hub.",
         rich_help_panel=_CALIBRATION,
     ),
 ]
-CalibSamples = Annotated[int, typer.Option(help="Sequences; 0: plain rounding.", rich_help_panel=_CALIBRATION)]
-CalibSeqlen = Annotated[int, typer.Option(help="Tokens of each sequence.", rich_help_panel=_CALIBRATION)]
-BatchSize = Annotated[int, typer.Option(help="Sequences computed at once.", rich_help_panel=_CALIBRATION)]
-Seed = Annotated[int, typer.Option(help="Which stretches of the text are taken.", rich_help_panel=_CALIBRATION)]
+CalibSamples = Annotated[
+    int | None, typer.Option(help="Sequences (default 64); 0: plain rounding.", rich_help_panel=_CALIBRATION)
+]
+CalibSeqlen = Annotated[
+    int | None, typer.Option(help="Tokens of each sequence (default 512).", rich_help_panel=_CALIBRATION)
+]
+BatchSize = Annotated[
+    int | None, typer.Option(help="Sequences computed at once (default 4).", rich_help_panel=_CALIBRATION)
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(help="Which stretches of the text are taken (default 0).", rich_help_panel=_CALIBRATION),
+]
 SearchScale = Annotated[
     bool,
     typer.Option("--search-scale", help="Accepted: the search is on anyway.", rich_help_panel=_FORMAT),
@@ -74,11 +84,11 @@ def auto_awq(
     model: options.Model,
     *,
     work_dir: WorkDir = Path("./work_dir"),
-    calib_dataset: CalibDataset = "self",
-    calib_samples: CalibSamples = 64,
-    calib_seqlen: CalibSeqlen = 512,
-    batch_size: BatchSize = 4,
-    seed: Seed = 0,
+    calib_dataset: CalibDataset = None,
+    calib_samples: CalibSamples = None,
+    calib_seqlen: CalibSeqlen = None,
+    batch_size: BatchSize = None,
+    seed: Seed = None,
     method: Method = "best",
     w_bits: WBits = 4,
     w_sym: WSym = False,
@@ -98,9 +108,8 @@ def auto_awq(
 
     if eval_windows < 0:
         raise ConfigError(f"--eval-windows is {eval_windows}", "give 0 (no evaluation) or more")
-    calibration = CalibrationOptions(
-        dataset=calib_dataset, samples=calib_samples, seqlen=calib_seqlen, batch_size=batch_size, seed=seed
-    )
+    typed = _typed(calib_dataset, calib_samples, calib_seqlen, batch_size, seed)
+    CalibrationOptions(**typed)  # what is wrong with it is said before a model is looked for
     quant = QuantOptions(
         method=method,
         bits=w_bits,
@@ -112,6 +121,7 @@ def auto_awq(
     )
 
     from lmtool.checkpoint.hub import resolve_model
+    from lmtool.commands.lite_calibration import with_earlier
     from lmtool.commands.lite_progress import QuantProgress
     from lmtool.commands.lite_report import Meter, finish
     from lmtool.commands.lite_self import sampler
@@ -120,6 +130,7 @@ def auto_awq(
     from lmtool.quant.pipeline import quantize
 
     source = resolve_model(model, revision=revision, download_dir=download_dir)
+    calibration = with_earlier(work_dir, source, typed) if quant.searches else CalibrationOptions(**typed)
     job = Job(source, work_dir, quant, calibration, choose_device(device), fresh, sampler(source, device))
     meter = Meter()
     with QuantProgress(work_dir) as progress:
@@ -134,11 +145,11 @@ def calibrate(
     model: options.Model,
     *,
     work_dir: WorkDir = Path("./work_dir"),
-    calib_dataset: CalibDataset = "self",
-    calib_samples: CalibSamples = 64,
-    calib_seqlen: CalibSeqlen = 512,
-    batch_size: BatchSize = 4,
-    seed: Seed = 0,
+    calib_dataset: CalibDataset = None,
+    calib_samples: CalibSamples = None,
+    calib_seqlen: CalibSeqlen = None,
+    batch_size: BatchSize = None,
+    seed: Seed = None,
     device: Device = "auto",
     revision: options.Revision = None,
     download_dir: options.DownloadDir = None,
@@ -146,9 +157,7 @@ def calibrate(
     """Save minimum, maximum and absmax of K, V and each linear's input, per layer, on calibration text."""
     from lmtool.quant.options import CalibrationOptions
 
-    calibration = CalibrationOptions(
-        dataset=calib_dataset, samples=calib_samples, seqlen=calib_seqlen, batch_size=batch_size, seed=seed
-    )
+    calibration = CalibrationOptions(**_typed(calib_dataset, calib_samples, calib_seqlen, batch_size, seed))
     if calibration.samples == 0:
         raise ConfigError("--calib-samples is 0", "give 1 or more: there is nothing to see without text")
 
@@ -164,10 +173,18 @@ def calibrate(
     from lmtool.tokenizer import load_tokenizer
 
     source, on_device = resolve_model(model, revision=revision, download_dir=download_dir), choose_device(device)
-    if calib_dataset == SELF:
+    if calibration.dataset == SELF:
         ids = own_text(work_dir, source, calibration, sampler(source, device))
     else:
         ids = calibration_ids(calibration, load_tokenizer(source))
     with block_bar("calibrating") as progress:
-        run(source, work_dir, ids, batch_size=batch_size, device=on_device, progress=progress)
+        run(source, work_dir, ids, calibration, device=on_device, progress=progress)
     typer.echo(f"{work_dir / FOLDER} holds key_value.safetensors and inputs.safetensors")
+
+
+def _typed(
+    dataset: str | None, samples: int | None, seqlen: int | None, batch_size: int | None, seed: int | None
+) -> dict[str, Any]:
+    """What was typed of `CalibrationOptions`."""
+    values = {"dataset": dataset, "samples": samples, "seqlen": seqlen, "batch_size": batch_size, "seed": seed}
+    return {name: value for name, value in values.items() if value is not None}

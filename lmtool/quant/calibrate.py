@@ -5,6 +5,7 @@ head and dimension; inputs.safetensors, per layer the channels of each linear's 
 """
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,15 @@ from torch import Tensor
 
 from lmtool import kernels
 from lmtool.checkpoint.formats import open_checkpoint
+from lmtool.checkpoint.reader import read_json
 from lmtool.checkpoint.writer import write_json, write_tensors
+from lmtool.errors import CheckpointError, ConfigError
 from lmtool.layers.rotary import cos_sin_table
 from lmtool.models.block import Block
 from lmtool.quant.groups import GROUPS
 from lmtool.quant.layers import Blocks
+from lmtool.quant.model_digest import model_digest
+from lmtool.quant.options import CalibrationOptions
 
 FOLDER = "calibration"
 Progress = Callable[[int, int], None]  # blocks done, blocks in all
@@ -44,10 +49,17 @@ class Extremes:
 
 
 def calibrate(
-    model: Path, work_dir: Path, ids: Tensor, *, batch_size: int, device: torch.device, progress: Progress | None = None
+    model: Path,
+    work_dir: Path,
+    ids: Tensor,
+    options: CalibrationOptions,
+    *,
+    device: torch.device,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Run the model over ids [samples, seqlen] int64 and write what was seen; the content of about.json.
 
+    options: where ids came from; of them ``batch_size`` is used here, the rest is written down.
     Raises CheckpointError for a model that cannot be read or is quantized already.
     """
     checkpoint = open_checkpoint(model)
@@ -59,7 +71,7 @@ def calibrate(
         with torch.inference_mode(), kernels.force("reference"):
             hidden = blocks.embed(ids.to(device)).cpu()
             for i in range(len(blocks)):
-                seen = _run_block(Block(blocks.load(i), blocks.config, table), hidden, batch_size, device)
+                seen = _run_block(Block(blocks.load(i), blocks.config, table), hidden, options.batch_size, device)
                 for name in ("k", "v"):
                     key_value |= seen[name].tensors(f"layers.{i}.{name}")
                 for group in GROUPS:
@@ -73,9 +85,26 @@ def calibrate(
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / "key_value.safetensors", key_value)
     write_tensors(folder / "inputs.safetensors", {name: tensor.clone() for name, tensor in inputs.items()})
-    about = {"model": str(model), "samples": ids.shape[0], "seqlen": ids.shape[1], "layers": len(blocks)}
+    text = asdict(options)
+    if Path(options.dataset).exists():  # the next command may be typed somewhere else
+        text["dataset"] = str(Path(options.dataset).resolve())
+    about = {"model": str(model), "model_digest": model_digest(model), "layers": len(blocks), "text": text}
     write_json(folder / "about.json", about)
     return about
+
+
+def calibrated_with(work_dir: Path, model: Path) -> CalibrationOptions | None:
+    """On which text ``work_dir`` was calibrated; None where it was not, or for another model."""
+    about = work_dir / FOLDER / "about.json"
+    if not about.exists():
+        return None
+    found = read_json(about)
+    if found.get("model_digest") != model_digest(model):
+        return None
+    try:
+        return CalibrationOptions(**found["text"])
+    except (KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(f"{about} does not say on which text", "calibrate again, or remove it") from error
 
 
 def _run_block(block: Block, hidden: Tensor, batch_size: int, device: torch.device) -> dict[str, Extremes]:

@@ -14,11 +14,10 @@ from lmtool import __version__
 from lmtool.errors import ConfigError, MemoryShortError
 from lmtool.quant.groups import GROUPS
 from lmtool.quant.layers import Blocks, skipped_groups
+from lmtool.quant.model_digest import model_digest
 from lmtool.quant.options import CalibrationOptions, QuantOptions, check_sizes
 from lmtool.quant.output import QUALITY
 from lmtool.quant.plan import Plan
-
-_SAMPLED_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,33 +80,24 @@ def check_disk(work_dir: Path, plan: Plan) -> None:
         )
 
 
+def asked_for(job: Job) -> dict[str, Any]:
+    """Of what a resumed run must match, all that is known before there is a text."""
+    text = asdict(job.calibration) if job.options.searches else {}
+    return {
+        "lmtool": __version__,
+        "model": model_digest(job.model),
+        **asdict(job.options),
+        "skip": list(job.options.skip),
+        **{f"calib_{key}": value for key, value in text.items()},
+        "device": job.device.type,
+    }
+
+
 def describe(job: Job, ids: Tensor | None) -> dict[str, Any]:
     """What makes this run this run, in what the report says and in the fingerprint that a resumed one must match."""
     text = None
     if ids is not None:
         digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]
         text = {"dataset": job.calibration.dataset, "samples": ids.shape[0], "seqlen": ids.shape[1], "ids": digest}
-    options = asdict(job.options) | {"skip": list(job.options.skip)}
-    fingerprint = {
-        "lmtool": __version__,
-        "model": model_digest(job.model),
-        **options,
-        "calibration": text,
-        "batch_size": job.calibration.batch_size if ids is not None else None,
-        "device": job.device.type,
-    }
+    fingerprint = asked_for(job) | {"calib_ids": text and text["ids"]}
     return {"fingerprint": fingerprint, "report": {"model": str(job.model), "calibration": text}}
-
-
-def model_digest(model: Path) -> str:
-    """Of every file's name and size and the first and last MiB of the weights."""
-    digest = hashlib.sha256()
-    files = [model] if model.is_file() else sorted([*model.glob("*.safetensors"), *model.glob("*.json")])
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(_SAMPLED_BYTES))
-            stream.seek(max(0, size - _SAMPLED_BYTES))
-            digest.update(stream.read(_SAMPLED_BYTES))
-    return digest.hexdigest()[:16]

@@ -9,7 +9,7 @@ from torch import Tensor
 from lmtool.checkpoint.reader import read_json
 from lmtool.checkpoint.writer import write_json, write_tensors
 from lmtool.quant.calibrate import FOLDER
-from lmtool.quant.job import model_digest
+from lmtool.quant.model_digest import model_digest
 from lmtool.quant.options import CalibrationOptions
 
 

@@ -21,14 +21,15 @@ from lmtool.models.block import Block
 from lmtool.quant.datasets import calibration_ids
 from lmtool.quant.gram import Statistics
 from lmtool.quant.groups import GROUPS
-from lmtool.quant.job import Job, check, check_disk, describe
+from lmtool.quant.job import Job, asked_for, check, check_disk, describe
 from lmtool.quant.layers import Blocks, skipped_groups
 from lmtool.quant.options import SELF, QuantOptions
 from lmtool.quant.output import QUALITY, write_model
 from lmtool.quant.own_text import own_text
 from lmtool.quant.plan import Plan, plan_run
+from lmtool.quant.report import clear_model
 from lmtool.quant.search import Outcome, quantize_block
-from lmtool.quant.state import State
+from lmtool.quant.state import State, refuse_difference
 from lmtool.tokenizer import load_tokenizer
 
 
@@ -55,6 +56,8 @@ def quantize(job: Job, listener: Listener) -> dict[str, Any]:
         blocks = Blocks(checkpoint, job.device)
         skipped = check(blocks, job)
         tokenizer = load_tokenizer(job.model)
+        if not job.fresh:
+            refuse_difference(job.work_dir, asked_for(job))  # before a text is read or even written
         ids = _ids(job, tokenizer)
         about = describe(job, ids)
         shape = (*ids.shape, blocks.config.hidden_size) if ids is not None else (0,)
@@ -162,13 +165,9 @@ def _ids(job: Job, tokenizer: Any) -> Tensor | None:
 
 def _finished(job: Job, about: Mapping[str, Any]) -> dict[str, Any] | None:
     """The report of a finished run of this very command; None where there is work to do. ``--fresh`` clears the old."""
-    config = job.work_dir / "config.json"
-    if not config.exists():
-        return None
     if job.fresh:
-        config.unlink()  # first: from here on the folder is no model
-        for file in [*job.work_dir.glob("*.safetensors"), *job.work_dir.glob("*.safetensors.index.json")]:
-            file.unlink()
+        clear_model(job.work_dir)
+    if not (job.work_dir / "config.json").exists():
         return None
     state = State(job.work_dir, about["fingerprint"], (0,), fresh=False)  # refuses a run with other options
     state.drop_blocks()

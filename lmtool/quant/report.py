@@ -20,6 +20,16 @@ def write_report(work_dir: Path, quality: Quality, *, picture: bool) -> None:
         draw(quality, work_dir / PICTURE)
 
 
+def clear_model(work_dir: Path) -> None:
+    """Remove a model that was written here, and what was reported of it; nothing where there was none."""
+    if not (work_dir / QUALITY).exists():
+        return
+    weights = [*work_dir.glob("*.safetensors"), *work_dir.glob("*.safetensors.index.json")]
+    # config.json first: from there on the folder is no model; the quality last: it says that all this is ours
+    for file in (work_dir / "config.json", *weights, work_dir / MARKDOWN, work_dir / PICTURE, work_dir / QUALITY):
+        file.unlink(missing_ok=True)
+
+
 def markdown(quality: Quality, *, picture: bool) -> str:
     parts = [
         f"# {Path(quality['model']).name} at {quality['bits_per_weight']:.2f} bits a weight",

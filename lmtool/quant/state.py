@@ -38,7 +38,7 @@ class State:
             self.clear()
         written = self.folder / "fingerprint.json"
         if written.exists():
-            _refuse_difference(work_dir, read_json(written), json.loads(json.dumps(fingerprint)))
+            refuse_difference(work_dir, fingerprint)
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(written, fingerprint)
@@ -120,8 +120,13 @@ class State:
         return flat.view(self._shape)
 
 
-def _refuse_difference(work_dir: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    differing = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+def refuse_difference(work_dir: Path, fingerprint: Mapping[str, Any]) -> None:
+    """Raises ConfigError where ``work_dir`` holds a run whose fingerprint has other values for these keys."""
+    written = work_dir / FOLDER / "fingerprint.json"
+    if not written.exists():
+        return
+    old, new = read_json(written), json.loads(json.dumps(fingerprint))
+    differing = [key for key in new if old.get(key) != new[key]]
     if differing:
         shown = ", ".join(f"{key} ({old.get(key)} then, {new.get(key)} now)" for key in differing[:3])
         raise ConfigError(

@@ -7,6 +7,7 @@ import pytest
 from safetensors.torch import load_file
 
 from lmtool import cli
+from lmtool.quant.report import clear_model
 from tests.quant.models import text_file, tiny_folder
 
 
@@ -63,6 +64,52 @@ def test_the_course_s_calibrate_and_then_auto_awq_in_its_folder(here: Path) -> N
     assert lite("auto-awq model --calib-samples 0 --w-group-size 32 --work-dir out") == 0
     assert (here / "out" / "config.json").exists()
     assert (here / "out" / "calibration" / "key_value.safetensors").exists()
+
+
+def test_auto_awq_takes_the_text_that_calibrate_took(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    typed = "--calib-dataset text.txt --calib-samples 5 --calib-seqlen 32 --seed 3"
+    assert lite(f"calibrate model {typed} --work-dir out") == 0
+    quantize = "auto_awq model --w-group-size 32 --eval-windows 0 --work-dir"
+    assert lite(f"{quantize} out") == 0
+    text = f"{here / 'text.txt'}, 5 × 32 tokens"
+    assert f"the text is that of `lite calibrate` in this work dir ({text})" in capsys.readouterr().err
+    assert lite(f"{quantize} typed {typed}") == 0
+    assert "lite calibrate" not in capsys.readouterr().err
+    both = [(here / name / "model.safetensors").read_bytes() for name in ("out", "typed")]
+    assert both[0] == both[1]
+    assert lite(f"{quantize} out --fresh --calib-samples 3") == 0
+    assert f"`lite calibrate` took another text in this work dir ({text}): it is not used" in capsys.readouterr().err
+    quality = json.loads((here / "out" / "lmtool-quality.json").read_text())
+    assert (quality["calibration"]["samples"], quality["calibration"]["seqlen"]) == (3, 32)
+
+
+def test_fresh_leaves_nothing_of_the_old_model(here: Path) -> None:
+    line = "auto_awq model --w-group-size 32 --work-dir out --calib-samples"
+    assert lite(f"{line} 0 --eval-windows 2") == 0
+    (here / "out" / "mine.txt").write_text("a user's")
+    reports = [here / "out" / f"lmtool-quality.{suffix}" for suffix in ("json", "md", "png")]
+    assert all(report.exists() for report in reports)
+    clear_model(here / "out")
+    assert {file.name for file in (here / "out").iterdir()} >= {"mine.txt", "tokenizer.json"}
+    assert not any(file.exists() for file in (*reports, here / "out" / "config.json"))
+    assert list((here / "out").glob("*.safetensors")) == []
+    assert lite(f"{line} 2 --fresh --calib-dataset text.txt --calib-seqlen 32 --eval-windows 0") == 0
+    assert json.loads(reports[0].read_text())["method"] == "best"
+    assert "What it lost" not in reports[1].read_text()
+
+
+def test_other_options_are_refused_before_the_model_writes_a_text(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lite("auto_awq model --calib-samples 0 --w-group-size 32 --work-dir out") == 0
+    capsys.readouterr()
+    assert lite("auto_awq model --w-group-size 32 --calib-seqlen 64 --work-dir out") == 2
+    shown = capsys.readouterr().err
+    assert (
+        "out holds a run with other options: method (rtn then, best now), calib_dataset (None then, self now)" in shown
+    )
+    assert shown.count("\n") == 1  # no bar, no plan
+    assert not (here / "out" / "calibration").exists()
 
 
 @pytest.mark.parametrize(

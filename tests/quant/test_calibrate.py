@@ -8,10 +8,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lmtool.checkpoint.reader import read_json
-from lmtool.quant.calibrate import calibrate
+from lmtool.checkpoint.writer import write_json
+from lmtool.errors import CheckpointError
+from lmtool.quant.calibrate import calibrate, calibrated_with
+from lmtool.quant.options import CalibrationOptions
 from tests.models.test_against_hf import hf_model
 
 IDS = torch.arange(3 * 20).view(3, 20) * 5 % 131
+OPTIONS = CalibrationOptions(dataset="c4", samples=3, seqlen=20, batch_size=2)
 
 
 @pytest.fixture
@@ -21,7 +25,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def test_extremes_are_those_of_transformers(model: Path, tmp_path: Path) -> None:
-    calibrate(model, tmp_path / "out", IDS, batch_size=2, device=torch.device("cpu"))
+    calibrate(model, tmp_path / "out", IDS, OPTIONS, device=torch.device("cpu"))
     inputs = load_file(tmp_path / "out" / "calibration" / "inputs.safetensors")
     key_value = load_file(tmp_path / "out" / "calibration" / "key_value.safetensors")
     theirs = AutoModelForCausalLM.from_pretrained(model).eval()
@@ -49,10 +53,22 @@ def test_it_says_of_what(model: Path, tmp_path: Path) -> None:
         model,
         tmp_path / "out",
         IDS,
-        batch_size=8,
+        OPTIONS,
         device=torch.device("cpu"),
         progress=lambda i, n: done.append((i, n)),
     )
     assert done == [(1, 2), (2, 2)]
     about = read_json(tmp_path / "out" / "calibration" / "about.json")
-    assert about == {"model": str(model), "samples": 3, "seqlen": 20, "layers": 2}
+    assert (about["model"], about["layers"]) == (str(model), 2)
+    assert about["text"] == {"dataset": "c4", "samples": 3, "seqlen": 20, "batch_size": 2, "seed": 0}
+    assert calibrated_with(tmp_path / "out", model) == OPTIONS
+    assert calibrated_with(tmp_path, model) is None
+    hf_model("Qwen2").save_pretrained(tmp_path / "other")
+    assert calibrated_with(tmp_path / "out", tmp_path / "other") is None
+
+
+def test_an_about_that_says_nothing_is_refused(model: Path, tmp_path: Path) -> None:
+    about = calibrate(model, tmp_path / "out", IDS, OPTIONS, device=torch.device("cpu"))
+    write_json(tmp_path / "out" / "calibration" / "about.json", about | {"text": {"samples": -1}})
+    with pytest.raises(CheckpointError, match=r"about\.json does not say on which text; calibrate again"):
+        calibrated_with(tmp_path / "out", model)
