@@ -1,0 +1,273 @@
+"""What cannot be converted or is damaged: one line with the cause, exit code 2, and the destination as it was."""
+
+import fcntl
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lmtool import cli
+from lmtool.checkpoint.reader import tensor_starts
+from tests.models.test_quantized import KINDS, quantize
+from tests.quant.models import tiny_folder
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return tiny_folder(tmp_path / "model")
+
+
+@pytest.fixture
+def workspace(model: Path) -> Path:
+    assert cli.main(["convert", str(model), "--dst-path", str(model.parent / "workspace"), "--no-check"]) == 0
+    return model.parent / "workspace"
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """The one line on stderr of a command that exits with 2."""
+    capsys.readouterr()
+    assert cli.main([str(word) for word in words]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()} if folder.exists() else {}
+
+
+def rewrite(workspace: Path, change: dict[str, object]) -> None:
+    manifest = json.loads((workspace / "lmtool.json").read_text())
+    (workspace / "lmtool.json").write_text(json.dumps(manifest | change))
+
+
+# ---------------------------------------------------------------------- a damaged workspace
+
+
+def test_a_flipped_byte_is_found(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = workspace / "weights-00001.safetensors"
+    data = bytearray(file.read_bytes())
+    data[tensor_starts(file)["layers.1.down.weight"] + 100] ^= 4
+    file.write_bytes(data)
+    assert "layers.1.down.weight are not those that were written" in refused(capsys, "inspect", workspace)
+    assert cli.main(["inspect", str(workspace), "--no-verify"]) == 0
+
+
+def test_a_truncated_file_is_found(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = workspace / "weights-00001.safetensors"
+    os.truncate(file, file.stat().st_size - 5)
+    for command in (
+        ("inspect", workspace),
+        ("convert", workspace, "--to", "hf", "-o", "y"),
+    ):
+        assert "is corrupt or cut off" in refused(capsys, *command)
+
+
+def test_a_missing_file_is_found(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (workspace / "weights-00001.safetensors").unlink()
+    assert "weights-00001.safetensors is missing" in refused(capsys, "inspect", workspace)
+
+
+def test_a_wrong_dtype_is_found(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = workspace / "weights-00001.safetensors"
+    tensors = load_file(file)
+    tensors["layers.0.o.weight"] = tensors["layers.0.o.weight"].to(torch.bfloat16)
+    save_file(tensors, file)
+    line = refused(capsys, "inspect", workspace)
+    assert "layers.0.o.weight is bfloat16 [64, 64], lmtool.json says float32 [64, 64]" in line
+
+
+def test_a_newer_format_is_named(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rewrite(workspace, {"format_version": 2, "something": "new"})
+    line = refused(capsys, "inspect", workspace)
+    assert "has format version 2, this lmtool reads up to 1" in line
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"weights": 5}, "is damaged"),
+        ({"format_version": "one"}, "cannot be read"),
+        ({"surprise": 1}, "unknown field `surprise`"),
+        ({"config": {"architectures": ["Nobody"]}}, "Nobody is not supported"),
+        ({"weights": {}}, "tensors are missing"),
+    ],
+)
+def test_a_damaged_manifest_is_told(
+    change: dict[str, object], said: str, workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rewrite(workspace, change)
+    assert said in refused(capsys, "inspect", workspace)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("file", "../model/model.safetensors", "no file of its folder"),
+        ("name", "layers.0...o", "a name is words between single dots"),
+        ("dtype", "float16", "lmtool.json says float16"),
+    ],
+)
+def test_a_manifest_leads_nowhere_else(
+    key: str, value: str, said: str, workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = json.loads((workspace / "lmtool.json").read_text())
+    manifest["weights"]["layers.0.o.weight"]["parts"]["values"][key] = value
+    (workspace / "lmtool.json").write_text(json.dumps(manifest))
+    assert said in refused(capsys, "inspect", workspace)
+
+
+def test_tiles_of_another_model_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = quantize(tiny_folder(tmp_path / "model", intermediate_size=128), **KINDS["awq"])
+    assert cli.main(["convert", str(model), "--dst-path", str(tmp_path / "workspace"), "--no-check"]) == 0
+    manifest = json.loads((tmp_path / "workspace/lmtool.json").read_text())
+    manifest["weights"]["layers.0.qkv.weight"]["group_size"] = 128
+    (tmp_path / "workspace/lmtool.json").write_text(json.dumps(manifest))
+    assert "lies in tiles" in refused(capsys, "inspect", tmp_path / "workspace")
+
+
+# ---------------------------------------------------------------------- a source or a destination that will not do
+
+
+def test_a_source_that_links_out_of_its_folder(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outside = model.parent / "outside.safetensors"
+    (model / "model.safetensors").rename(outside)
+    (model / "model.safetensors").symlink_to(outside)
+    destination = model.parent / "w"
+    assert "is a link out of the model's folder" in refused(capsys, "convert", model, "--dst-path", destination)
+    assert not destination.exists()
+
+
+def test_the_hub_s_own_links_are_followed(model: Path) -> None:
+    repo = model.parent / "models--a--b"
+    (repo / "blobs").mkdir(parents=True)
+    (repo / "snapshots").mkdir()
+    model.rename(repo / "snapshots/abc")
+    for file in (repo / "snapshots/abc").iterdir():
+        file.rename(repo / "blobs" / file.name)
+        file.symlink_to(f"../../blobs/{file.name}")
+    assert cli.main(["convert", str(repo / "snapshots/abc"), "--dst-path", str(model.parent / "w")]) == 0
+
+
+@pytest.mark.parametrize("name", ["model.layers..0.weight", "../../etc/passwd", "a/b"])
+def test_a_tensor_with_a_name_that_leads_elsewhere(name: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = load_file(model / "model.safetensors")
+    save_file(tensors | {name: torch.zeros(2)}, model / "model.safetensors")
+    assert f"holds a tensor named '{name}'" in refused(capsys, "convert", model, "--dst-path", model.parent / "w")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model-format", "awq"], "--model-format is 'awq', MODEL is 'hf'"),
+        (["--model-format", "onnx"], "--model-format is 'onnx'; give one of hf"),
+        (["--group-size", "64"], "--group-size is 64, MODEL has no groups"),
+        (["--tp", "3"], "--tp 3 does not divide the model's 4 attention heads"),
+        (["--tp", "0"], "--tp is 0"),
+        (["--dtype", "float8"], "--dtype is 'float8'"),
+        (["--to", "onnx"], "--to is 'onnx'"),
+        (["--dense"], "--dense means nothing here"),
+        (["--to", "hf", "-o", "x", "--tp", "2"], "--tp means nothing here"),
+        (["--to", "hf"], "--to hf has no destination"),
+        (["--to", "hf", "-o", "x"], "is no workspace"),
+        (["--dst-path", "model/inside"], "lie in one another"),
+        (["--dst-path", "full"], "holds files that are no model"),
+        (["--dst-path", "file"], "is a file"),
+        (["--dst-path", "link"], "is a link"),
+        (["--dst-path", "other"], "is there already; give another folder, or --overwrite"),
+        (["--chat-template", "nobody"], "nobody"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(
+    words: list[str],
+    said: str,
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("full").mkdir()
+    Path("full/letter.txt").write_text("dear")
+    Path("file").write_text("x")
+    Path("link").symlink_to("full")
+    tiny_folder(Path("other"))
+    before = contents(Path("other"))
+    assert said.replace("MODEL", str(model)) in refused(capsys, "convert", model, *words)
+    assert contents(Path("other")) == before
+    assert contents(Path("full")) == {"letter.txt": b"dear"}
+    assert not [path.name for path in tmp_path.iterdir() if path.name.endswith((".partial", ".old"))]
+
+
+def test_numbers_that_float16_cannot_hold(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][3] = 1e6
+    save_file(tensors, model / "model.safetensors")
+    destination = model.parent / "w"
+    line = refused(capsys, "convert", model, "--dtype", "float16", "--dst-path", destination)
+    assert "final_norm holds numbers that float16 cannot" in line
+    assert not destination.exists()
+
+
+def test_an_existing_workspace_is_replaced_only_when_asked(workspace: Path, model: Path) -> None:
+    (workspace / "engine.toml").write_text("session_len = 64\n")
+    old = contents(workspace)
+    assert cli.main(["convert", str(model), "--dst-path", str(workspace)]) == 2
+    assert contents(workspace) == old
+    assert cli.main(["convert", str(model), "--dst-path", str(workspace), "--overwrite"]) == 0
+    assert (workspace / "engine.toml").read_bytes() != old["engine.toml"]
+    assert [path.name for path in workspace.parent.iterdir() if path.name.startswith(".")] == []
+
+
+def test_two_at_once_do_not_mix(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    partial = model.parent / ".w.partial"
+    partial.mkdir()
+    other = os.open(partial, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    assert "another process is writing" in refused(capsys, "convert", model, "--dst-path", model.parent / "w")
+    os.close(other)
+    (partial / "left by one that was killed").write_text("x")
+    assert cli.main(["convert", str(model), "--dst-path", str(model.parent / "w")]) == 0
+
+
+# ---------------------------------------------------------------------- disks of other kinds
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of half a megabyte, where this process may mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no right to mount a small file system")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk(small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_folder(tmp_path / "large", hidden_size=256)
+    old = tiny_folder(
+        small_disk / "w", num_hidden_layers=1, hidden_size=32, num_attention_heads=2, intermediate_size=32
+    )
+    before = contents(old)
+    line = refused(capsys, "convert", model, "--dst-path", old, "--overwrite")
+    assert f"the disk of {old} is full" in line
+    assert contents(old) == before
+    assert [path.name for path in small_disk.iterdir()] == ["w"]
+
+
+def test_a_destination_that_cannot_be_written(
+    small_disk: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    line = refused(capsys, "convert", model, "--dst-path", small_disk / "w")
+    assert "cannot be written: read-only file system" in line
+    assert list(small_disk.iterdir()) == []
