@@ -1,15 +1,34 @@
 """Data sets by the names that other tools know, through Hugging Face's `datasets`. They need a network once."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from lmtool.errors import ConfigError
 
-# name → repository, configuration, split, column, data files
-_SOURCES: dict[str, tuple[str, str | None, str, str, str | None]] = {
-    "c4": ("allenai/c4", None, "train", "text", "en/c4-train.00000-of-01024.json.gz"),
-    "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank", "train", "sentence", None),
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text", None),
-    "pileval": ("mit-han-lab/pile-val-backup", None, "validation", "text", None),
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Where a data set lies: files without a configuration, or the configuration's own."""
+
+    repository: str
+    column: str
+    split: str = "train"
+    configuration: str | None = None
+    files: str | None = None
+    revision: str | None = None
+
+
+_SOURCES = {
+    "c4": _Source("allenai/c4", "text", files="en/c4-train.00000-of-01024.json.gz"),
+    # its main branch holds a loading script, which today's `datasets` refuses to run; the hub converts to Parquet itself
+    "ptb": _Source(
+        "ptb-text-only/ptb_text_only",
+        "sentence",
+        files="penn_treebank/train/*.parquet",
+        revision="refs/convert/parquet",
+    ),
+    "wikitext2": _Source("Salesforce/wikitext", "text", configuration="wikitext-2-raw-v1"),
+    "pileval": _Source("mit-han-lab/pile-val-backup", "text", split="validation"),
 }
 
 
@@ -25,17 +44,24 @@ def hub_texts(name: str, num_characters: int) -> Iterator[str]:
         raise ConfigError(
             f"--calib-dataset {name} needs the library datasets", f"pip install 'lmtool[lite]', or {instead}"
         ) from None
-    repository, configuration, split, column, files = _SOURCES[name]
+    source = _SOURCES[name]
     try:
-        rows = datasets.load_dataset(repository, configuration, split=split, data_files=files, streaming=True)
+        rows = datasets.load_dataset(
+            source.repository,
+            source.configuration,
+            split=source.split,
+            # under the split's name: files alone would all be called train
+            data_files={source.split: source.files} if source.files else None,
+            revision=source.revision,
+            streaming=True,
+        )
         taken = 0
         for row in rows:
-            if row[column].strip():
-                yield row[column]
-                taken += len(row[column])
+            if row[source.column].strip():
+                yield row[source.column]
+                taken += len(row[source.column])
             if taken >= num_characters:
                 return
     except Exception as error:  # whatever the library and what is below it raise without a network
-        raise ConfigError(
-            f"--calib-dataset {name} cannot be read from the hub ({type(error).__name__})", instead
-        ) from error
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise ConfigError(f"--calib-dataset {name} cannot be read from the hub ({reason})", instead) from error
