@@ -20,7 +20,7 @@ class _Source:
 
 _SOURCES = {
     "c4": _Source("allenai/c4", "text", files="en/c4-train.00000-of-01024.json.gz"),
-    # its main branch holds a loading script, which today's `datasets` refuses to run; the hub converts to Parquet itself
+    # its main branch holds a loading script, which `datasets` no longer runs; the hub itself converts to Parquet
     "ptb": _Source(
         "ptb-text-only/ptb_text_only",
         "sentence",

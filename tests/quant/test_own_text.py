@@ -94,7 +94,7 @@ def test_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     for name in ("c4", "ptb", "wikitext2", "pileval"):
-        message = f"--calib-dataset {name} cannot be read from the hub .couldn't reach the hub.; give --calib-dataset self, or"
+        message = f"{name} cannot be read from the hub .couldn't reach the hub.; give --calib-dataset self, or"
         with pytest.raises(ConfigError, match=message) as caught:
             list(hub_texts(name, 100))
         assert "\n" not in str(caught.value)
