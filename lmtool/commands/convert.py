@@ -40,6 +40,9 @@ TokenizerPath = Annotated[Path | None, typer.Option(help="A folder with the toke
 QuantPath = Annotated[Path | None, typer.Option(help="A folder with the quantized weights, if MODEL is not it.")]
 Dense = Annotated[bool, typer.Option("--dense", help="With --to hf: 4-bit codes become numbers.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the destination once the new one is complete.")]
+AllowBin = Annotated[
+    bool, typer.Option("--allow-bin", help="Open pickle weights (*.bin), in a process that can reach nothing else.")
+]
 Check = Annotated[
     bool, typer.Option("--check/--no-check", help="Read it all again, and compare a prompt's logits with the source's.")
 ]
@@ -62,6 +65,7 @@ def convert(
     download_dir: options.DownloadDir = None,
     dense: Dense = False,
     overwrite: Overwrite = False,
+    allow_bin: AllowBin = False,
     check: Check = True,
     json: Json = False,
 ) -> None:
@@ -80,7 +84,8 @@ def convert(
         from lmtool.convert.job import Job
 
         job = Job(
-            source=quant_path or resolve_model(model, revision=revision, download_dir=download_dir),
+            source=quant_path
+            or resolve_model(model, revision=revision, download_dir=download_dir, allow_bin=allow_bin),
             name=str(quant_path or model),
             destination=dst_path or _DEFAULT_DESTINATION,
             dtype=dtype,
@@ -90,6 +95,7 @@ def convert(
             chat_template=chat_template or name,
             tp=tp,
             overwrite=overwrite,
+            allow_bin=allow_bin,
             check=check,
         )
         _to_workspace(job, as_json=json)
@@ -102,6 +108,7 @@ def convert(
         "--tokenizer-path": tokenizer_path,
         "--quant-path": quant_path,
         "--revision": revision,
+        "--allow-bin": allow_bin,
     }
     _refuse(*of_checkpoints.items(), why=f"with --to {to} a workspace is read")
     if dst_path is None:

@@ -1,12 +1,12 @@
 """The logits of one prompt by two checkpoints of a model, a weight at a time: neither is ever whole in memory."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lmtool import kernels
+from lmtool.convert.progress import Progress
 from lmtool.errors import InputError
 from lmtool.layers.rotary import cos_sin_table
 from lmtool.models.block import Block
@@ -16,8 +16,6 @@ from lmtool.models.source import Source
 MOST_DIFFERENCE = 5e-2
 _NUM_IDS = 16
 _HEAD_ROWS = 8192
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)

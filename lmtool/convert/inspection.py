@@ -9,7 +9,7 @@ import torch
 
 from lmtool.checkpoint.formats import Checkpoint, open_checkpoint, workspace_of
 from lmtool.checkpoint.workspace import Workspace
-from lmtool.convert.to_workspace import Progress, silent
+from lmtool.convert.progress import Progress, silent
 from lmtool.engine.kv_cache import BLOCK_SIZE, block_bytes
 from lmtool.errors import ConfigError, TokenizerError
 from lmtool.layers.weights import W4, Dense, Matrix

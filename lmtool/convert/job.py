@@ -20,6 +20,7 @@ class Job:
     tokenizer_path  where the tokenizer's files are, if not beside the weights
     chat_template   a name or a file, where the checkpoint brings none
     model_format, group_size, tp   insisted on: refused where the model is not so
+    allow_bin       open pickle weights, in a process of their own
     check           read everything again, and compare the logits of a prompt with the source's
     """
 
@@ -33,6 +34,7 @@ class Job:
     chat_template: str | None = None
     tp: int = 1
     overwrite: bool = False
+    allow_bin: bool = False
     check: bool = True
 
     def __post_init__(self) -> None:
@@ -82,10 +84,10 @@ def check_source(path: Path, checkpoint: Checkpoint) -> None:
     for name in checkpoint.names():
         check_tensor_name(path, name)
     if path.is_dir():
-        _refuse_links_out(path)
+        refuse_links_out(path)
 
 
-def _refuse_links_out(folder: Path) -> None:
+def refuse_links_out(folder: Path) -> None:
     """The hub's cache links a snapshot's files to the blobs beside it; no other link may leave the folder."""
     inside = [folder.resolve()]
     if folder.resolve().parent.name == "snapshots":

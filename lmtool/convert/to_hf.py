@@ -17,7 +17,8 @@ from lmtool.checkpoint.workspace import Workspace
 from lmtool.checkpoint.writer import write_json
 from lmtool.convert import compare
 from lmtool.convert.place import new_folder
-from lmtool.convert.to_workspace import SHARD_BYTES, Progress, silent
+from lmtool.convert.progress import Progress, silent
+from lmtool.convert.to_workspace import SHARD_BYTES
 from lmtool.errors import ConfigError
 from lmtool.models.hf_view import HfView
 from lmtool.models.loader import read_model_config

@@ -1,6 +1,6 @@
 """A checkpoint into a workspace: one tensor at a time, into files beside the destination, then in one rename."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,12 @@ from lmtool.checkpoint.tensor_file import TensorFile
 from lmtool.checkpoint.workspace import FORMAT_VERSION, Manifest, SourceEntry, TensorEntry, WeightEntry, Workspace
 from lmtool.checkpoint.writer import write_text
 from lmtool.convert import compare
-from lmtool.convert.job import Job, check_source, group_size_of
+from lmtool.convert.job import Job, check_source, group_size_of, refuse_links_out
 from lmtool.convert.place import check_destination, new_folder
+from lmtool.convert.progress import Progress, silent
 from lmtool.convert.stored import StoredForm, stored_form
+from lmtool.convert.unpickle import as_safetensors, pickle_files
+from lmtool.errors import ConfigError
 from lmtool.models.config import ModelConfig
 from lmtool.models.loader import read_model_config
 from lmtool.models.source import Source, names_of
@@ -29,12 +32,6 @@ from lmtool.tokenizer.save import save_tokenizer
 SHARD_BYTES = 4 << 30
 _READ_BYTES = 16 << 20
 _CPU = torch.device("cpu")
-
-Progress = Callable[[str, int, int], None]  # what is being done, parts done, parts in all
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """Tells nobody."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +48,29 @@ def convert(job: Job, progress: Progress | None = None) -> Converted:
     """Raises InputError of the kind that fits, and leaves the destination as it was."""
     progress = progress or silent
     check_destination(job.destination, overwrite=job.overwrite)
-    with closing(open_checkpoint(job.source)) as checkpoint:
+    if not job.allow_bin:
+        return _convert(job, job.source, progress)
+    files = pickle_files(job.source)
+    if not files:
+        raise ConfigError(f"--allow-bin: {job.name} has no pickle weights, or has safetensors too", "leave it out")
+    refuse_links_out(job.source)
+    with as_safetensors(job.source, files, job.destination, progress) as folder:
+        return _convert(job, folder, progress)
+
+
+def _convert(job: Job, path: Path, progress: Progress) -> Converted:
+    """path: of the safetensors or the GGUF file."""
+    with closing(open_checkpoint(path)) as checkpoint:
         job.check_checkpoint(checkpoint)
-        check_source(job.source, checkpoint)
+        check_source(path, checkpoint)
         model = read_model_config(checkpoint.config)
         job.check_split(model)
         source = Source(checkpoint, model, names_of(checkpoint), torch.float32, _CPU)
         source.check_names()
-        tokenizer = load_tokenizer(job.tokenizer_path or job.source, chat_template=job.chat_template)
+        tokenizer = load_tokenizer(job.tokenizer_path or path, chat_template=job.chat_template)
         with new_folder(job.destination, overwrite=job.overwrite) as folder:
             weights, exact = _write_weights(source, folder, _dtype(job), progress)
-            save_tokenizer(tokenizer, job.tokenizer_path or job.source, folder)
+            save_tokenizer(tokenizer, job.tokenizer_path or path, folder)
             write_text(folder / ENGINE_FILE, engine_file_text(model.max_positions))
             manifest = _manifest(job, source, weights, tokenizer, progress)
             write_text(folder / MANIFEST, _as_json(manifest))
@@ -159,7 +168,7 @@ def _quantization(checkpoint: Checkpoint, weights: dict[str, WeightEntry]) -> di
 
 def _file_sums(source: Path, progress: Progress) -> Iterator[tuple[str, str]]:
     """Name and XXH3 of each weight file of the source."""
-    files = [source] if source.is_file() else sorted(source.glob("*.safetensors"))
+    files = [source] if source.is_file() else pickle_files(source) or sorted(source.glob("*.safetensors"))
     for done, file in enumerate(files):
         progress("summing the source's files", done, len(files))
         digest = xxhash.xxh3_128()

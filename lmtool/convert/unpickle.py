@@ -1,0 +1,120 @@
+"""A folder with pickle weights into one with safetensors, the pickles opened by a process that can reach nothing."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from lmtool.checkpoint.formats import PICKLE_SUFFIXES
+from lmtool.checkpoint.tensor_file import TensorFile
+from lmtool.checkpoint.workspace import check_tensor_name
+from lmtool.convert.progress import Progress
+from lmtool.errors import CheckpointError
+
+_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+_MOST_LINE = 1 << 16
+_MOST_TENSORS = 20_000
+# beside the weights: what training leaves, and what is no weights at all
+_NOT_WEIGHTS = re.compile(r"^(optimizer|scheduler|training_args|rng_state|scaler)")
+_COPIED = ("*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja")
+
+
+def pickle_files(folder: Path) -> list[Path]:
+    """The files with weights of a folder that has no safetensors."""
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return []
+    found = [file for file in sorted(folder.iterdir()) if file.suffix in PICKLE_SUFFIXES]
+    return [file for file in found if not _NOT_WEIGHTS.match(file.name)]
+
+
+@contextmanager
+def as_safetensors(source: Path, files: list[Path], beside: Path, progress: Progress) -> Iterator[Path]:
+    """A folder next to ``beside`` with what ``source`` holds, for as long as the block lasts.
+
+    A file is read whole: memory for the largest. Raises CheckpointError for a pickle of anything but tensors.
+    """
+    folder = beside.with_name(f".{beside.name}.unpickled")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        for done, file in enumerate(files):
+            progress("reading pickle files", done, len(files))
+            with TensorFile(folder / f"{file.stem}.safetensors", _MOST_TENSORS) as written:
+                for name, tensor in _tensors(file):
+                    written.add(name, tensor)
+        for pattern in _COPIED:
+            for file in source.glob(pattern):
+                if not file.name.endswith(".index.json"):
+                    shutil.copyfile(file, folder / file.name)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    read_end, write_end = os.pipe()
+    with file.open("rb") as source, os.fdopen(read_end, "rb") as pipe:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "lmtool.convert.unpickle_child", str(source.fileno()), str(write_end)],
+            pass_fds=(source.fileno(), write_end),
+            env={"PATH": os.defpath, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(write_end)
+        try:
+            yield from _received(file, pipe)
+        finally:
+            child.kill()
+            child.wait()
+
+
+def _received(file: Path, pipe: IO[bytes]) -> Iterator[tuple[str, Tensor]]:
+    """Nothing that comes through the pipe is believed before it is checked."""
+    while True:
+        length = int.from_bytes(_exactly(file, pipe, 4), "little")
+        if length > _MOST_LINE:
+            raise _not_understood(file)
+        line = json.loads(_exactly(file, pipe, length))
+        if line.get("end"):
+            return
+        if "error" in line:
+            raise CheckpointError(f"{file} holds more than tensors: {line['error']}", "do not trust it")
+        yield _tensor(file, pipe, line)
+
+
+def _tensor(file: Path, pipe: IO[bytes], line: dict[str, Any]) -> tuple[str, Tensor]:
+    name, dtype, shape = line.get("name"), line.get("dtype"), line.get("shape")
+    if not isinstance(name, str) or not isinstance(shape, list) or not all(isinstance(size, int) for size in shape):
+        raise _not_understood(file)
+    if dtype not in _DTYPES or min(shape, default=0) < 0:
+        raise CheckpointError(f"{file}: {name} holds {dtype} numbers", "only dense tensors of numbers are read")
+    check_tensor_name(file, name)
+    kind: torch.dtype = getattr(torch, dtype)
+    count = prod(shape)
+    if count == 0:
+        return name, torch.empty(shape, dtype=kind)
+    data = bytearray(_exactly(file, pipe, count * kind.itemsize))
+    return name, torch.frombuffer(data, dtype=kind).view(shape)
+
+
+def _exactly(file: Path, pipe: IO[bytes], count: int) -> bytes:
+    data = pipe.read(count)
+    if len(data) < count:
+        raise CheckpointError(f"{file} could not be read: the process that opened it ended", "is the file whole?")
+    return data
+
+
+def _not_understood(file: Path) -> CheckpointError:
+    return CheckpointError(f"{file}: what its reader sent is not understood", "do not trust it")
