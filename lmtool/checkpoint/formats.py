@@ -49,10 +49,10 @@ class PackedInt4:
 
 @dataclass(frozen=True, slots=True)
 class PackedInt8:
-    """A matrix of 8-bit codes in groups of g along K, as GGUF's Q8_0 has them: ``w = code · scale``.
+    """A matrix of 8-bit codes in groups of g along K: ``w = code · scale``.
 
     codes  int8 [N, K]
-    scale  float16 [N, K / g]
+    scale  [N, K / g]: float16, g 32 as GGUF's Q8_0 has them; bfloat16, g = K of an output head of lmtool's own
     """
 
     codes: torch.Tensor

@@ -112,8 +112,9 @@ class QuantizedCheckpoint:
     def tensor(self, name: str) -> Tensor:
         """Of a quantized matrix the numbers that its codes stand for, float32."""
         if name in self._heads:
-            head, of_rows = (self._inner.tensor(part) for part in head_parts(name))
-            return head.float().mul_(of_rows.float()[:, None])
+            packed = self.packed_int8(name)
+            assert packed is not None
+            return packed.dequantize()
         if name not in self._quantized:
             return self._inner.tensor(name)
         codes, scale, zero, group_of = self._unpack(name, torch.device("cpu"))
@@ -143,7 +144,11 @@ class QuantizedCheckpoint:
         return PackedInt4(codes, scale, None, zero, order)
 
     def packed_int8(self, name: str) -> PackedInt8 | None:
-        return None
+        """The output head's, one scale a row."""
+        if name not in self._heads:
+            return None
+        codes, scale = (self._inner.tensor(part) for part in head_parts(name))
+        return PackedInt8(codes, scale[:, None])
 
     def close(self) -> None:
         self._inner.close()

@@ -59,7 +59,8 @@ def _run(source: Source, ids: Tensor, progress: Progress, turn: int) -> Tensor:
         progress("comparing logits", turn * config.num_layers + i, 2 * config.num_layers)
         hidden = Block(source.layer(i), config, cos_sin).forward(hidden)
     hidden = kernels.rms_norm(hidden[0], source.tensor("final_norm"), config.rms_norm_eps)
-    (head,) = source.sources("embed" if config.tie_word_embeddings else "head.weight", 0)
+    tied = config.tie_word_embeddings and source.int8_head() is None
+    (head,) = source.sources("embed" if tied else "head.weight", 0)
     # a piece at a time: as float32 it may be the largest matrix by far
     return torch.cat(
         [kernels.linear(hidden, rows.float()) for rows in source.checkpoint.tensor(head).split(_HEAD_ROWS)], 1

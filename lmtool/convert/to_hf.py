@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmtool.checkpoint.formats import open_checkpoint
+from lmtool.checkpoint.formats import PackedInt8, open_checkpoint
 from lmtool.checkpoint.packing import pack_awq
+from lmtool.checkpoint.quantized import head_parts
 from lmtool.checkpoint.reader import INDEX, SINGLE
 from lmtool.checkpoint.tensor_file import TensorFile
 from lmtool.checkpoint.workspace import Workspace
@@ -80,7 +81,8 @@ def export(
         made = "float16" if packed - as_codes else workspace.manifest.dtype
         name = made if dtype == "auto" else dtype
         write_json(folder / "config.json", _config(workspace, view, as_codes, name))
-        exact = wanted in (None, torch.float32) and (wanted is not None or not packed - as_codes)
+        heads = {name for name in packed if int8_head(view, name) is not None}
+        exact = wanted == torch.float32 or (wanted is None and not packed - as_codes - (heads if as_codes else set()))
         difference = _check(workspace, folder, exact=exact, progress=progress) if check else None
     num_bytes = sum(file.stat().st_size for file in destination.iterdir())
     return Exported(num_bytes, len(view.names()), bool(as_codes), why if packed else None, difference)
@@ -117,11 +119,19 @@ def _tensors(
             stem = name.removesuffix("weight")
             parts = pack_awq(packed.codes, packed.scale, packed.zero)
             yield from zip((stem + part for part in ("qweight", "qzeros", "scales")), parts, strict=True)
-        else:
+        elif (head := int8_head(view, name)) is not None and as_codes:
+            yield from zip(head_parts(name), (head.codes, head.scale[:, 0]), strict=True)
+        elif head is None or not view.tied:  # as numbers a head of its own has no place in a tied model
             values = view.tensor(name)
             made = view.dtype(name) in CODES
             yield name, values.to(dtype or (torch.float16 if made else values.dtype))
     progress("converting", len(names), len(names))
+
+
+def int8_head(view: HfView, name: str) -> PackedInt8 | None:
+    """One scale a row: what `lmtool lite --head-bits 8` makes."""
+    packed = view.packed_int8(name)
+    return packed if packed is not None and packed.scale.shape[1] == 1 else None
 
 
 def _write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], most_tensors: int) -> None:
@@ -156,7 +166,8 @@ def _config(workspace: Workspace, view: HfView, as_codes: set[str], dtype: str) 
             for stem in (name.removesuffix(".weight"),)
             if "embed" not in stem and "wte" not in stem
         ]
-        config["quantization_config"] = {
+        head = {"head_bits": 8} if any(int8_head(view, name) is not None for name in view.names()) else {}
+        config["quantization_config"] = head | {
             "quant_method": "awq",
             "bits": 4,
             "group_size": group_size,

@@ -86,7 +86,10 @@ def _dtype(job: Job) -> torch.dtype | None:
 def _write_weights(
     source: Source, folder: Path, dtype: torch.dtype | None, progress: Progress
 ) -> tuple[dict[str, WeightEntry], bool]:
-    places = list(weight_places(source.wanted(), source.config))
+    wanted = source.wanted()
+    if source.config.tie_word_embeddings and source.int8_head() is not None:
+        wanted.append("head.weight")
+    places = list(weight_places(wanted, source.config))
     forms = _forms(source, places, dtype, progress)
     entries: dict[str, WeightEntry] = {}
     exact, num_files = True, 0

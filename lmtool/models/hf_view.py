@@ -24,6 +24,7 @@ class HfView:
         self.format = workspace.format
         self.config: dict[str, Any] = workspace.config
         self.generation_config = workspace.generation_config
+        self.tied = config.tie_word_embeddings
         self._workspace = workspace
         self._model = config
         self._names = family(workspace.config)
@@ -83,7 +84,12 @@ class HfView:
         return None
 
     def packed_int8(self, name: str) -> PackedInt8 | None:
-        return None
+        stored, ours, first, rows = self._at(name)
+        packed = self._workspace.packed_int8(stored)
+        if packed is None:
+            return None
+        parts = (part[first : first + rows] for part in (packed.codes, packed.scale))
+        return PackedInt8(*(self._moved_back(ours, part) for part in parts))
 
     def close(self) -> None:
         self._workspace.close()

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from lmtool import kernels
-from lmtool.checkpoint.formats import Checkpoint, PackedInt4
-from lmtool.checkpoint.quantized import head_parts
+from lmtool.checkpoint.formats import Checkpoint, PackedInt4, PackedInt8
 from lmtool.checkpoint.staging import Stager
 from lmtool.errors import CheckpointError
 from lmtool.layers.weights import W4, Dense, Int4Cpu, Int8Cpu, Matrix, round_int8
@@ -276,14 +275,21 @@ class Source:
         )
 
     def head(self, embed: Tensor) -> Matrix:
-        name = self.sources("head.weight", 0)[0]
-        stored_int8 = name in self.checkpoint.names() and self.checkpoint.dtype(name) == "int8"
+        """The embedding where it is tied to it, unless it was rounded to 8 bits on its own."""
         as_int8 = self.keep_int4 and self.device.type == "cpu"
-        if stored_int8 and as_int8:
+        rounded = self.int8_head()
+        if rounded is not None and as_int8:
             self.check_shape("head.weight", 0)
-            return Int8Cpu(*(self.checkpoint.tensor(part) for part in head_parts(name)))
-        weight = self.tensor("head.weight") if stored_int8 or not self.config.tie_word_embeddings else embed
+            return Int8Cpu(rounded.codes, rounded.scale[:, 0])
+        own = rounded is not None or not self.config.tie_word_embeddings
+        weight = self.tensor("head.weight") if own else embed
         return Int8Cpu(*round_int8(weight)) if as_int8 else Dense(weight)
+
+    def int8_head(self) -> PackedInt8 | None:
+        """8-bit codes with one scale a row, as `lmtool lite --head-bits 8` leaves them."""
+        name = self.sources("head.weight", 0)[0]
+        packed = self.checkpoint.packed_int8(name) if name in self.checkpoint.names() else None
+        return packed if packed is not None and packed.scale.shape[1] == 1 else None
 
 
 def tiles_of(packed: PackedInt4, *, paired: bool) -> kernels.W4Tiles:

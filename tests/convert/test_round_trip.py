@@ -22,6 +22,7 @@ from lmtool.tokenizer import load_tokenizer
 from tests.checkpoint.gguf_files import interleave, llama_tensors, write_gguf
 from tests.models.test_quantized import IDS, KINDS, quantize
 from tests.quant.models import DIFFERENCES, tiny_folder
+from tests.quant.models import run as quantize_model
 from tests.support import all_logits, check_greedy, request, run_all
 
 WITHOUT_ORDER = [kind for kind in KINDS if kind != "gptq act-order"]
@@ -129,6 +130,21 @@ def test_the_engine_runs_a_workspace_s_codes_on_a_cpu(kind: str, tmp_path: Path)
         answers.append(run_all(loaded.core, [request(1, IDS, max_new_tokens=20)]))
     assert answers[0] == answers[1]
     assert isinstance(open_decoder(workspace, EngineConfig(device="cpu"))[0].layers[0].qkv, Int4Cpu)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_int8_head_goes_along(tied: bool, tmp_path: Path) -> None:
+    model = tiny_folder(tmp_path / "float", tie_word_embeddings=tied)
+    quantize_model(model, tmp_path / "model", None, method="rtn", head_bits=8)
+    workspace, made = to_workspace(tmp_path / "model")
+    assert made.exact
+    torch.testing.assert_close(logits(workspace), logits(tmp_path / "model"), rtol=0, atol=0)
+    made_back = export(workspace, tmp_path / "hf")
+    assert made_back.difference is not None
+    assert made_back.difference.equal
+    first, back = load_file(tmp_path / "model/model.safetensors"), load_file(tmp_path / "hf/model.safetensors")
+    assert torch.equal(first["lm_head.codes"], back["lm_head.codes"])
+    assert torch.equal(first["lm_head.scale"], back["lm_head.scale"])
 
 
 def test_a_card_s_kernels_get_the_tiles_as_they_lie(tmp_path: Path) -> None:
