@@ -28,6 +28,7 @@ BOOLEAN_FLAGS: dict[str, str | None] = {
     "--fresh": None,
     "--overwrite": None,
     "--dense": None,
+    "--warm": None,
     "--allow-bin": None,
     "--verify": "--no-verify",
     "--no-verify": "--verify",

@@ -16,10 +16,9 @@ if TYPE_CHECKING:
 _DEFAULT_DESTINATION = Path("workspace")
 TARGETS = ("lmtool", "hf")
 
-First = Annotated[
-    str, typer.Argument(metavar="[NAME] MODEL", help="What to convert: a folder, a .gguf file, a hub id.")
+NameAndModel = Annotated[
+    list[str], typer.Argument(metavar="[NAME] MODEL", help="What to convert: a folder, a .gguf file, a hub id.")
 ]
-Second = Annotated[str | None, typer.Argument(metavar="", hidden=True)]
 DstPath = Annotated[
     Path | None,
     typer.Option(
@@ -43,6 +42,12 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the destin
 AllowBin = Annotated[
     bool, typer.Option("--allow-bin", help="Open pickle weights (*.bin), in a process that can reach nothing else.")
 ]
+Warm = Annotated[
+    bool,
+    typer.Option(
+        "--warm", help="Also compile the kernels for the GPU at hand, into your cache: starts need no compiler."
+    ),
+]
 Check = Annotated[
     bool, typer.Option("--check/--no-check", help="Read it all again, and compare a prompt's logits with the source's.")
 ]
@@ -50,8 +55,7 @@ Json = Annotated[bool, typer.Option("--json", help="What was made as one JSON ob
 
 
 def convert(
-    first: First,
-    second: Second = None,
+    name_and_model: NameAndModel,
     dst_path: DstPath = None,
     to: To = "lmtool",
     dtype: Dtype = "auto",
@@ -66,6 +70,7 @@ def convert(
     dense: Dense = False,
     overwrite: Overwrite = False,
     allow_bin: AllowBin = False,
+    warm: Warm = False,
     check: Check = True,
     json: Json = False,
 ) -> None:
@@ -75,7 +80,9 @@ def convert(
     """
     if to not in TARGETS:
         raise ConfigError(f"--to is {to!r}", "give " + ", ".join(TARGETS))
-    name, model = (first, second) if second is not None else (None, first)
+    if len(name_and_model) > 2:
+        raise ConfigError(f"{' '.join(name_and_model[2:])} is too much", "give MODEL, or NAME and MODEL")
+    name, model = name_and_model[0] if len(name_and_model) == 2 else None, name_and_model[-1]
     if name is not None and chat_template is not None:
         raise ConfigError(f"{name} and --chat-template {chat_template} are one thing", "give one of them")
     if to == "lmtool":
@@ -98,7 +105,7 @@ def convert(
             allow_bin=allow_bin,
             check=check,
         )
-        _to_workspace(job, as_json=json)
+        _to_workspace(job, warm=warm, as_json=json)
         return
     of_checkpoints = {
         "NAME or --chat-template": chat_template or name,
@@ -109,6 +116,7 @@ def convert(
         "--quant-path": quant_path,
         "--revision": revision,
         "--allow-bin": allow_bin,
+        "--warm": warm,
     }
     _refuse(*of_checkpoints.items(), why=f"with --to {to} a workspace is read")
     if dst_path is None:
@@ -122,12 +130,21 @@ def _refuse(*flags: tuple[str, object], why: str) -> None:
             raise ConfigError(f"{flag} means nothing here: {why}", "leave it out")
 
 
-def _to_workspace(job: "Job", *, as_json: bool) -> None:
+def _to_workspace(job: "Job", *, warm: bool, as_json: bool) -> None:
     from lmtool.chat.loading import loading
     from lmtool.convert.to_workspace import convert as run
 
+    if warm:
+        from lmtool.engine.device import choose_device
+
+        choose_device("cuda")  # a card that is not there is missed before minutes of work
     with loading(job.name) as progress:
         made = run(job, progress)
+        if warm:
+            from lmtool.config import EngineConfig
+            from lmtool.engine.setup import compile_model
+
+            compile_model(job.destination, EngineConfig(device="cuda"), progress)
     manifest = made.manifest
     if as_json:
         _print_json(

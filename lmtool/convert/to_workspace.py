@@ -98,7 +98,7 @@ def _write_weights(
         path = folder / f"weights-{num_files:05d}.safetensors"
         with TensorFile(path, most_tensors=3 * len(places)) as file:
             for ours, form in forms:
-                entries[ours] = _write(file, ours, form)
+                entries[ours] = write_form(file, ours, form)
                 exact = exact and form.exact
                 if file.num_bytes >= SHARD_BYTES:
                     break
@@ -122,7 +122,7 @@ def _forms(
     progress("converting", len(places), len(places))
 
 
-def _write(file: TensorFile, ours: str, form: StoredForm) -> WeightEntry:
+def write_form(file: TensorFile, ours: str, form: StoredForm) -> WeightEntry:
     parts = {}
     for part, tensor in form.parts.items():
         name = ours if part == "values" else f"{ours}.{part}"

@@ -128,6 +128,21 @@ def compile_steps(outline: Decoder, config: EngineConfig, device: torch.device) 
     return kernels.compile_ahead(rehearse, device, outline.dtype, outline.config.head_dim)
 
 
+def compile_model(path: Path, config: EngineConfig, progress: StartProgress | None = None) -> None:
+    """Compile what a model needs for the card at hand into the user's cache, so that a start compiles nothing.
+
+    Raises as `load_engine` does.
+    """
+    config = under_engine_file(config, path)
+    device = choose_device("cuda" if config.device == "auto" else config.device)
+    with closing(open_checkpoint(path)) as checkpoint:
+        model, keep_int4, dtype = _how_stored(checkpoint, config, device)
+        compiling = compile_steps(outline_decoder(checkpoint, model, dtype, keep_int4=keep_int4), config, device)
+    if compiling is not None:
+        with closing(compiling):
+            compiling.wait(partial(progress, "compiling kernels") if progress else None)
+
+
 def _device_runner(
     decoder: Decoder,
     plan: CachePlan,

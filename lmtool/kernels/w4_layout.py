@@ -72,16 +72,15 @@ def pack_w4(codes: Tensor, scale: Tensor, zero: Tensor, *, paired: bool = False)
     codes = _fill_up(codes, TILE_N, PAD_K)
     scale, zero = (_fill_up(part, TILE_N, PAD_K // group_size) for part in (scale, zero))
     rows, columns = codes.shape[0] // TILE_N, codes.shape[1] // TILE_K
-    split = codes.view(rows, 4, 8, columns, 4, 2, 2, 4, 2)  # i h g c j e q t b
-    split = split.permute(0, 3, 1, 2, 7, 6, 5, 4, 8)  # i c h g t q e j b
-    words = torch.zeros(split.shape[:7], dtype=torch.int32, device=codes.device)
-    for nibble in range(4):
-        for half in range(2):
-            words |= split[..., nibble, half].to(torch.int32) << (4 * nibble + 16 * half)
+    # two codes b side by side are a 16-bit number: eight times fewer of them are moved than there are codes
+    pairs = codes.contiguous().view(torch.int16).to(torch.int32)
+    pairs = ((pairs & 0xF) | (pairs & 0xF00) << 8).view(-1, columns, 4, 16)  # n c j (e q t)
+    words = pairs[:, :, 0] | pairs[:, :, 1] << 4 | pairs[:, :, 2] << 8 | pairs[:, :, 3] << 12
+    words = words.view(rows, 4, 8, columns, 2, 2, 4).permute(0, 3, 1, 2, 6, 5, 4)  # i c h g t q e
     bits = scale.to(torch.float16).contiguous().view(torch.int16).to(torch.int32) & 0xFFFF
     meta = (bits | zero.to(torch.int32) << 16).view(rows, 4, 8, columns, per_tile)
     meta = meta.permute(0, 3, 4, 2, 1)  # i c group g h
-    tiles = torch.cat((words.view(rows, columns, WORDS), meta.reshape(rows, columns, -1)), dim=2)
+    tiles = torch.cat((words.reshape(rows, columns, WORDS), meta.reshape(rows, columns, -1)), dim=2)
     return W4Tiles(tiles, num_out, num_in, paired)
 
 
@@ -89,11 +88,12 @@ def unpack_w4(weight: W4Tiles) -> tuple[Tensor, Tensor, Tensor]:
     """The inverse of `pack_w4`: codes uint8 [N, K], scale float16 [N, K/g], zero uint8 [N, K/g]."""
     rows, columns = weight.tiles.shape[:2]
     words = weight.tiles[..., :WORDS].reshape(rows, columns, 4, 8, 4, 2, 2)
-    codes = torch.empty((*words.shape, 4, 2), dtype=torch.uint8, device=words.device)
+    words = words.permute(0, 2, 3, 1, 6, 5, 4).reshape(-1, columns, 16)  # n c (e q t)
+    pairs = torch.empty((words.shape[0], columns, 4, 16), dtype=torch.int16, device=words.device)
     for nibble in range(4):
-        for half in range(2):
-            codes[..., nibble, half] = (words >> (4 * nibble + 16 * half)).bitwise_and(15).to(torch.uint8)
-    codes = codes.permute(0, 2, 3, 1, 7, 6, 5, 4, 8).reshape(rows * TILE_N, columns * TILE_K)
+        shifted = words >> (4 * nibble)
+        pairs[:, :, nibble] = ((shifted & 0xF) | (shifted >> 8 & 0xF00)).to(torch.int16)
+    codes = pairs.view(words.shape[0], -1).view(torch.uint8)
     meta = weight.tiles[..., WORDS:].reshape(rows, columns, weight.groups, 8, 4).permute(0, 4, 3, 1, 2)
     meta = meta.reshape(rows * TILE_N, -1)
     scale = meta.to(torch.int16).view(torch.float16)
