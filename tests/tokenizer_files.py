@@ -47,7 +47,10 @@ def folder_with(path: Path, files: dict[str, Any]) -> Path:
 def byte_level_json() -> LibraryTokenizer:
     library = LibraryTokenizer(models.BPE())
     library.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(PRE_TOKENIZERS["qwen2"][0]), "isolated"), pre_tokenizers.ByteLevel(False, False)]
+        [
+            pre_tokenizers.Split(Regex(PRE_TOKENIZERS["qwen2"][0]), "isolated"),
+            pre_tokenizers.ByteLevel(False, use_regex=False),
+        ]
     )
     library.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

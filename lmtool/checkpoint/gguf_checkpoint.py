@@ -6,10 +6,10 @@ K-quants and the like are unpacked by the `gguf` package. Does not know model fa
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from lmtool.checkpoint.formats import PackedInt4, PackedInt8, StoredW4
+from lmtool.checkpoint.gguf_blocks import unpack_int4, unpack_int8
 from lmtool.checkpoint.gguf_config import INTERLEAVED_ROPE, ROPE_FREQS, hf_config, hf_name
 from lmtool.checkpoint.gguf_file import GgufFile
 from lmtool.checkpoint.staging import StoredTensor
@@ -51,14 +51,14 @@ class GgufCheckpoint:
         kind = self.file.tensors[stored].type.name
         if kind not in ("q4_0", "q4_1"):
             return None
-        codes, scale, minimum = _unpack_int4(self.file.blocks(stored), kind)
+        codes, scale, minimum = unpack_int4(self.file.blocks(stored), kind)
         return PackedInt4(*(self._half_split_rows(name, part).to(device or "cpu") for part in (codes, scale, minimum)))
 
     def packed_int8(self, name: str) -> PackedInt8 | None:
         stored = self._stored(name)
         if self.file.tensors[stored].type.name != "q8_0":
             return None
-        packed = _unpack_int8(self.file.blocks(stored))
+        packed = unpack_int8(self.file.blocks(stored))
         return PackedInt8(self._half_split_rows(name, packed.codes), self._half_split_rows(name, packed.scale))
 
     def close(self) -> None:
@@ -76,9 +76,9 @@ class GgufCheckpoint:
             return torch.from_numpy(blocks).view(getattr(torch, entry.type.name)).view(entry.shape)
         if entry.type.name in ("q4_0", "q4_1"):
             # the package takes 1.1 s for SmolLM2's 210 matrices, this 0.3 s
-            return PackedInt4(*_unpack_int4(blocks, entry.type.name)).dequantize().view(entry.shape)
+            return PackedInt4(*unpack_int4(blocks, entry.type.name)).dequantize().view(entry.shape)
         if entry.type.name == "q8_0":
-            return _unpack_int8(blocks).dequantize().view(entry.shape)
+            return unpack_int8(blocks).dequantize().view(entry.shape)
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
@@ -94,34 +94,3 @@ class GgufCheckpoint:
             return rows
         per_head = rows.view(self.config[heads], -1, 2, *rows.shape[1:])  # [heads, d/2, 2, …]
         return per_head.transpose(1, 2).reshape(rows.shape)
-
-
-def _unpack_int8(blocks: np.ndarray[Any, np.dtype[np.uint8]]) -> PackedInt8:
-    """A block is a float16 scale and 32 codes (ggml's block_q8_0)."""
-    num_rows = blocks.shape[0]
-    block = blocks.reshape(num_rows, -1, 34)
-    codes = np.ascontiguousarray(block[..., 2:]).view(np.int8).reshape(num_rows, -1)
-    scale = np.ascontiguousarray(block[..., :2]).view(np.float16).reshape(num_rows, -1)
-    return PackedInt8(torch.from_numpy(codes), torch.from_numpy(scale))
-
-
-def _unpack_int4(
-    blocks: np.ndarray[Any, np.dtype[np.uint8]], kind: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """codes uint8 [N, K], scale and minimum float32 [N, K / 32].
-
-    A block is float16 scale, for q4_1 float16 minimum, then 16 bytes: byte i holds code i in its low half and
-    code i + 16 in its high half (ggml's block_q4_0 and block_q4_1). In numpy: torch's threads cost more than
-    they win on 210 small matrices where another process has a core.
-    """
-    header = 4 if kind == "q4_1" else 2
-    num_rows = blocks.shape[0]
-    block = blocks.reshape(num_rows, -1, header + 16)
-    nibbles = block[..., header:]
-    codes = np.empty((*block.shape[:2], 32), np.uint8)
-    np.bitwise_and(nibbles, 15, out=codes[..., :16])
-    np.right_shift(nibbles, 4, out=codes[..., 16:])
-    halves = np.ascontiguousarray(block[..., :header]).view(np.float16).astype(np.float32)
-    scale = np.ascontiguousarray(halves[..., 0])
-    minimum = np.ascontiguousarray(halves[..., 1]) if kind == "q4_1" else scale * np.float32(-8)
-    return torch.from_numpy(codes.reshape(num_rows, -1)), torch.from_numpy(scale), torch.from_numpy(minimum)

@@ -171,14 +171,14 @@ def _llama3_scaling(meta: _Metadata, head_dim: int) -> dict[str, Any]:
         "original_max_position_embeddings": 8192,
     }
     theta = meta.get(float, "rope.freq_base") or 10000.0
-    if not np.allclose(stored, _llama3_divisors(scaling, theta, head_dim), rtol=1e-4):
+    if not np.allclose(stored, llama3_divisors(scaling, theta, head_dim), rtol=1e-4):
         raise CheckpointError(
             f"{meta.file.path}: {ROPE_FREQS} is not Llama 3's scaling", "take the model as safetensors"
         )
     return scaling
 
 
-def _llama3_divisors(scaling: dict[str, Any], theta: float, head_dim: int) -> np.ndarray[Any, Any]:
+def llama3_divisors(scaling: dict[str, Any], theta: float, head_dim: int) -> np.ndarray[Any, Any]:
     """[head_dim / 2]: by how much each rotary frequency is divided (Llama 3.1's published formula)."""
     wavelength = 2 * pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]

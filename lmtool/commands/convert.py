@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lmtool.convert.job import Job
 
 _DEFAULT_DESTINATION = Path("workspace")
-TARGETS = ("lmtool", "hf")
+TARGETS = ("lmtool", "hf", "gguf")
 
 NameAndModel = Annotated[
     list[str], typer.Argument(metavar="[NAME] MODEL", help="What to convert: a folder, a .gguf file, a hub id.")
@@ -25,7 +25,7 @@ DstPath = Annotated[
         "--dst-path", "-o", help="Where to put it (default for a workspace: ./workspace).", show_default=False
     ),
 ]
-To = Annotated[str, typer.Option(help="lmtool: the engine's own format. hf: a workspace back.")]
+To = Annotated[str, typer.Option(help="lmtool: the engine's own format. hf, gguf: a workspace back.")]
 Dtype = Annotated[
     str,
     typer.Option(
@@ -38,6 +38,9 @@ Tp = Annotated[int, typer.Option(help="Check that so many GPUs can share it. Not
 TokenizerPath = Annotated[Path | None, typer.Option(help="A folder with the tokenizer, if it is not with the weights.")]
 QuantPath = Annotated[Path | None, typer.Option(help="A folder with the quantized weights, if MODEL is not it.")]
 Dense = Annotated[bool, typer.Option("--dense", help="With --to hf: 4-bit codes become numbers.")]
+GgufType = Annotated[
+    str | None, typer.Option(help="With --to gguf: F16, Q8_0, Q4_0 or Q4_1 (default: Q4_1 for 4-bit codes, else F16).")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the destination once the new one is complete.")]
 AllowBin = Annotated[
     bool, typer.Option("--allow-bin", help="Open pickle weights (*.bin), in a process that can reach nothing else.")
@@ -68,6 +71,7 @@ def convert(
     revision: options.Revision = None,
     download_dir: options.DownloadDir = None,
     dense: Dense = False,
+    gguf_type: GgufType = None,
     overwrite: Overwrite = False,
     allow_bin: AllowBin = False,
     warm: Warm = False,
@@ -86,7 +90,7 @@ def convert(
     if name is not None and chat_template is not None:
         raise ConfigError(f"{name} and --chat-template {chat_template} are one thing", "give one of them")
     if to == "lmtool":
-        _refuse(("--dense", dense), why="4-bit codes stay codes in a workspace")
+        _refuse(("--dense", dense), ("--gguf-type", gguf_type), why="4-bit codes stay codes in a workspace")
         from lmtool.checkpoint.hub import resolve_model
         from lmtool.convert.job import Job
 
@@ -121,6 +125,11 @@ def convert(
     _refuse(*of_checkpoints.items(), why=f"with --to {to} a workspace is read")
     if dst_path is None:
         raise ConfigError(f"--to {to} has no destination", "give --dst-path")
+    if to == "gguf":
+        _refuse(("--dense", dense), ("--dtype", dtype != "auto"), why="--gguf-type says how numbers are stored")
+        _to_gguf(Path(model), dst_path, kind=gguf_type, overwrite=overwrite, check=check, as_json=json)
+        return
+    _refuse(("--gguf-type", gguf_type), why="it is of --to gguf")
     _to_hf(Path(model), dst_path, dtype=dtype, dense=dense, overwrite=overwrite, check=check, as_json=json)
 
 
@@ -185,6 +194,21 @@ def _to_hf(path: Path, destination: Path, *, as_json: bool, **settings: Any) -> 
     print(f"{destination}: {made.num_tensors} tensors, {made.num_bytes / 1e9:.2f} GB, {how}")
     if made.why_numbers is not None:
         print(f"lmtool: 4-bit codes became numbers: {made.why_numbers}", file=sys.stderr)
+    _say_difference(made.difference)
+
+
+def _to_gguf(path: Path, destination: Path, *, as_json: bool, **settings: Any) -> None:
+    from lmtool.chat.loading import loading
+    from lmtool.convert.to_gguf import export_gguf
+
+    with loading(str(path)) as progress:
+        made = export_gguf(path, destination, progress=progress, **settings)
+    if as_json:
+        _print_json(
+            path=str(destination), bytes=made.num_bytes, tensors=made.num_tensors, type=made.type, check=made.difference
+        )
+        return
+    print(f"{destination}: {made.num_tensors} tensors, {made.num_bytes / 1e9:.2f} GB, {made.type}")
     _say_difference(made.difference)
 
 

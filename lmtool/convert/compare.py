@@ -27,10 +27,12 @@ class Difference:
     same_top: float  # share of positions with the same likeliest token
 
 
-def check(source: Source, other: Source, *, exact: bool, progress: Progress) -> Difference:
-    """exact: they must be the same. Raises InputError where ``other`` is not the same model."""
+def check(
+    source: Source, other: Source, *, exact: bool, most: float = MOST_DIFFERENCE, progress: Progress
+) -> Difference:
+    """exact: they must be the same; most: that logits may move else. Raises InputError where they are not one model."""
     found = logits(source, other, progress)
-    if (exact and not found.equal) or not found.relative <= MOST_DIFFERENCE:
+    if (exact and not found.equal) or not found.relative <= most:
         raise InputError(
             f"the logits of the converted model differ from the source's by {found.relative:.1e} of their size",
             "this is a fault of lmtool's, or of this machine: please report it; --no-check converts all the same",

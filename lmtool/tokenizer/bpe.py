@@ -45,7 +45,7 @@ class BpeVocabulary:
     def __init__(self, library: LibraryTokenizer, byte_level: bool, strips_leading_space: bool = False) -> None:
         self._library = library
         self._lock = Lock()
-        self._byte_level = byte_level
+        self.is_byte_level = byte_level
         added = library.get_added_tokens_decoder()
         self._added = {token_id: token.content.encode() for token_id, token in added.items()}
         self.special = frozenset(token_id for token_id, token in added.items() if token.special)
@@ -63,10 +63,15 @@ class BpeVocabulary:
         token = self._library.id_to_token(token_id)
         if token is None:
             return b""
-        return byte_level(token) if self._byte_level else sentencepiece_bytes(token)
+        return byte_level(token) if self.is_byte_level else sentencepiece_bytes(token)
 
     def token_id(self, text: str) -> int | None:
         return self._library.token_to_id(text)
+
+    def as_json(self) -> dict[str, Any]:
+        """tokenizer.json as the library has it."""
+        stored: dict[str, Any] = json.loads(self._library.to_str())
+        return stored
 
     def tokenizer_json(self, prefix_ids: Sequence[int], suffix_ids: Sequence[int]) -> str:
         """The file that `from_tokenizer_json` and transformers read; the ids are put around every text."""

@@ -4,7 +4,7 @@ Does not know chat templates or which ids end an answer.
 """
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,9 @@ from lmtool.tokenizer.vocabulary import sentencepiece_bytes, split_special
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
-UNKNOWN, BYTE = 2, 6  # sentencepiece's piece types, which tokenizer.ggml.token_type copies
+# sentencepiece's piece types, which tokenizer.ggml.token_type copies
+NORMAL, UNKNOWN, CONTROL, UNUSED, BYTE = 1, 2, 3, 5, 6
+PIECE_TYPES = (UNKNOWN, CONTROL, UNUSED, BYTE)
 
 
 class SentencePieceVocabulary:
@@ -27,6 +29,7 @@ class SentencePieceVocabulary:
         self._processor = processor
         self._num_pieces = processor.get_piece_size()
         control = {processor.id_to_piece(i): i for i in range(self._num_pieces) if processor.is_control(i)}
+        self.added = added
         self._special = control | added
         self._added_bytes = {token_id: text.encode() for text, token_id in added.items()}
         self.special = frozenset(self._special.values())
@@ -53,6 +56,14 @@ class SentencePieceVocabulary:
             return self._special[text]
         token_id = self._processor.piece_to_id(text)
         return None if self._processor.is_unknown(token_id) else token_id
+
+    def pieces(self) -> Iterator[tuple[str, float, int]]:
+        """Text, score and type of each piece, as sentencepiece_model.proto numbers the types."""
+        model = self._processor
+        tests = (model.is_unknown, model.is_control, model.is_unused, model.is_byte)
+        for i in range(self._num_pieces):
+            kind = next((kind for kind, test in zip(PIECE_TYPES, tests, strict=True) if test(i)), NORMAL)
+            yield model.id_to_piece(i), model.get_score(i), kind
 
     def model_file(self) -> bytes:
         """The bytes of a tokenizer.model."""

@@ -23,7 +23,7 @@ def test_its_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.chdir(tmp_path)
     tiny_folder(Path("tiny"))
     quantize(tiny_folder(Path("Qwen2.5-7B-AWQ"), "Qwen2ForCausalLM", intermediate_size=128), "awq")
-    assert len(LINES) == 5
+    assert len(LINES) == 6
     for line in LINES:
         words = [word for word in shlex.split(line.partition("#")[0])[1:] if word != "--warm"]  # which needs a card
         if words[0] != "chat":  # which needs a terminal; tests/commands/test_chat.py
