@@ -66,6 +66,12 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
 
 
+def instructions(cubin: bytes) -> list[str]:
+    """All of a kernel's, in SASS."""
+    code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", cuobjdump(cubin, "-sass"), re.MULTILINE)
+    return [instruction for instruction in code if not instruction.startswith("NOP")]
+
+
 def product_loop(cubin: bytes) -> list[str]:
     """The shortest loop that holds tensor-core products, instruction by instruction; [] without such a loop.
 
@@ -164,6 +170,8 @@ def launch_main_shapes() -> None:
         launch_decode(torch.float16, (32, 8, 128), batch_size)
     for rows in (1, 8, 16, 64, 128, 256):
         launch_w4(torch.float16, rows, 4096, 4096)
+    launch_w4(torch.float16, 1, 6144, 4096)  # a loop with the norm in it
+    launch_w4(torch.float16, 1, 28672, 4096)
     launch_w4(torch.float16, 64, 28672, 4096)
     launch_w4(torch.float16, 256, 28672, 4096)
     launch_w4(torch.float16, 1, 4096, 4096, group_size=32)
@@ -187,8 +195,8 @@ def main(capabilities: list[int]) -> None:
             found |= {name: kwargs[name] for name in ("D", "BLOCK_T", "num_warps")}
             found["loop"] = len(product_loop(cubin))
         if self is w4_few.few_rows_kernel and capability >= launch.HOPPER:
-            found |= {name: kwargs[name] for name in ("VALUES", "GROUPS", "num_warps")}
-            turn = straight(product_loop(cubin))
+            found |= {name: kwargs[name] for name in ("VALUES", "GROUPS", "TURNS", "HELD", "NORM", "num_warps")}
+            turn = instructions(cubin) if kwargs["HELD"] else straight(product_loop(cubin))
             found |= {"loop": len(turn), "conversions": sum("I2F" in instruction for instruction in turn)}
         print(json.dumps(found), flush=True)
 

@@ -37,10 +37,17 @@ INSTRUCTIONS_A_WEIGHT = 2.6
 
 def test_four_bit_weights_stay_within_their_instructions():
     found = [made for made in compiled(HOPPER) if made["kernel"] == "few_rows_kernel"]
-    assert {made["VALUES"] for made in found} == {4, 8, 16}
+    assert {(made["VALUES"], made["HELD"], made["NORM"]) for made in found} >= {
+        (2, False, False),
+        (2, False, True),
+        (2, True, True),
+        (8, False, False),
+        (16, False, False),
+    }
     for made in found:
         assert made["loop"] > 100, f"the loop over tiles was not found: {made}"
         assert made["conversions"] == 0, made  # from integer to float: they would be one a weight
         weights = 32 * 128  # of a tile, which is one warp's
-        if made["GROUPS"] == 1:
+        # a kernel without a loop is all of its instructions, what is around the product included
+        if made["GROUPS"] == 1 and not made["HELD"]:
             assert made["loop"] * 32 / weights <= INSTRUCTIONS_A_WEIGHT, made

@@ -125,15 +125,37 @@ def test_one_row_among_others_is_what_it_is_alone(device):
         assert_close(triton_w4.w4_linear(x[row : row + 1], weight), together[row : row + 1])
 
 
-@pytest.mark.parametrize(("rows", "turns", "warps"), [(1, 3, 2), (4, 1, 4), (16, 5, 1)])
-def test_programs_that_share_a_row_of_tiles_or_take_several(rows, turns, warps, device):
-    """Three turns of a row of two tiles: whole rows, and halves that the last program adds; one turn: halves only."""
-    weight, x = tiles(128, 256, 128, device), normal(rows, 256, dtype=torch.float16, device=device)
-    config = tuning.W4FewConfig(num_warps=warps, turns=turns, early=True, registers=128)
-    expected = reference.w4_linear(x, weight, None)
-    with tuning.using([tables.Entry(tables.Key("w4_few", 128, 256, False, 2), rows, config)]):
-        for _ in range(2):  # the counters are zeros again after the first
-            assert_close(triton_w4.w4_linear(x, weight), expected, loosen=loosen(256, torch.float16))
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "turns", "warps", "along_k"),
+    [(1, 3, 2, 1), (1, 2, 4, 2), (1, 1, 2, 2), (4, 1, 4, 1), (4, 1, 4, 2), (16, 5, 1, 1)],
+)
+def test_programs_and_warps_that_share_a_row_of_tiles_or_take_several(rows, turns, warps, along_k, held, device):
+    """Three turns of a row of four tiles: whole rows, and parts that the last program adds; one turn: parts only.
+
+    Held where turns divide a row, else it is not: the result is the same.
+    """
+    weight, x = tiles(128, 512, 128, device), normal(rows, 512, dtype=torch.float16, device=device, scale=3)
+    norm_weight = normal(512, dtype=torch.float16, device=device)
+    expected = reference.norm_w4_linear(x, norm_weight, EPS, weight)
+    for norm in (True, False) if rows == 1 else (True,):
+        config = tuning.W4FewConfig(warps, turns, True, 128, along_k, held, norm)
+        with tuning.using([tables.Entry(tables.Key("w4_few", 128, 512, False, 2), rows, config)]):
+            for _ in range(2):  # the counters are zeros again after the first
+                actual = triton_w4.norm_w4_linear(x, norm_weight, EPS, weight)
+                assert_close(actual, expected, loosen=loosen(512, torch.float16))
+
+
+@pytest.mark.parametrize("scale", [1e-4, 3000.0])
+def test_a_norm_inside_the_product_takes_what_a_norm_before_it_takes(scale, device):
+    """x · norm weight alone would leave float16's range at either end: it is divided by a power of two first."""
+    weight, x = tiles(64, 256, 128, device), normal(1, 256, dtype=torch.float16, device=device, scale=scale)
+    norm_weight = normal(256, dtype=torch.float16, device=device, scale=30)
+    expected = reference.norm_w4_linear(x, norm_weight, EPS, weight)
+    actual = triton_w4.norm_w4_linear(x, norm_weight, EPS, weight)
+    assert actual.isfinite().all()
+    scale_of_sums = expected.abs().max().item()
+    torch.testing.assert_close(actual / scale_of_sums, expected / scale_of_sums, rtol=4e-3, atol=2e-3)
 
 
 def test_warps_share_out_all_rows_of_tiles():
@@ -141,11 +163,15 @@ def test_warps_share_out_all_rows_of_tiles():
     for num_out in (32, 96, 576, 896, 4096, 28672):
         for rows in (1, 8, 16):
             config = tuning.w4_few_config(90, rows, num_out, 4096, paired=False, group_size=128)
-            assert num_out // 32 % config.num_warps == 0
+            assert num_out // 32 % (config.num_warps // config.along_k) == 0
     entries = tables.read(tables.packaged_path(90), 90, tuning.CONFIGS)
     measured = [entry for entry in entries if entry.key.kernel == "w4_few"]
     assert measured
-    assert [entry for entry in measured if entry.key.num_out // 32 % entry.config.num_warps] == []
+    for key, _, config, _ in measured:
+        assert config.num_warps % config.along_k == 0
+        assert key.num_out // 32 % (config.num_warps // config.along_k) == 0
+        assert key.num_in // 128 % config.along_k == 0
+        assert not config.held or key.num_in // 128 // config.along_k % config.turns == 0
 
 
 def test_groups_that_no_kernel_takes_are_named():

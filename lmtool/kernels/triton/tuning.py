@@ -45,15 +45,19 @@ class LibraryConfig(NamedTuple):
 
 
 class W4FewConfig(NamedTuple):
-    """Up to 16 rows: each of ``num_warps`` warps has rows of tiles of its own; a program takes ``turns`` tiles of each.
+    """Up to 16 rows: ``along_k`` of ``num_warps`` warps share a row of tiles; a program takes ``turns`` tiles a warp.
 
-    ``early``: hold the next tile in registers for a whole turn; ``registers``: what a thread may have.
+    ``early``: hold the next tile in registers for a whole turn; ``registers``: what a thread may have. ``held``: hold
+    all tiles from the start, turns of one row then. ``norm``: one row's norm is in the kernel, not one before it.
     """
 
     num_warps: int
     turns: int
     early: bool
     registers: int
+    along_k: int = 1
+    held: bool = False
+    norm: bool = True
 
 
 class W4WideConfig(NamedTuple):
@@ -142,11 +146,20 @@ def w4_few_config(
     found = _find(capability, tables.Key("w4_few", num_out, num_in, paired, 2), num_rows) if group_size == 128 else None
     if found is not None:
         return found
-    tiles_n = num_out // 32
+    tiles_n, tiles_k = num_out // 32, num_in // 128
+    if num_rows == 1:
+        along_k = 4 if tiles_k % 4 == 0 else 2
+        row = tiles_k // along_k
+        small_groups = group_size < 128  # their scales want registers
+        turns = -(-tiles_n * row // (132 * (12 if small_groups else 16) // along_k))
+        held = turns <= 2 and row % turns == 0 and not small_groups
+        registers = 168 if small_groups else 144 if held else 128
+        # a norm in the kernel is as dear as one before it from about four turns on
+        return W4FewConfig(along_k, turns, False, registers, along_k, held, norm=turns <= 3)
     num_warps = 4 if tiles_n % 4 == 0 else 2 if tiles_n % 2 == 0 else 1
     # of 4 warps on a multiprocessor: what registers leave room for
     programs = 3 if num_rows > 8 and group_size < 128 else 4
-    turns = -(-(tiles_n // num_warps * (num_in // 128)) // (132 * programs * 4 // num_warps))
+    turns = -(-(tiles_n // num_warps * tiles_k) // (132 * programs * 4 // num_warps))
     return W4FewConfig(num_warps, turns, early=num_rows <= 8, registers=168 if programs == 3 else 128)
 
 

@@ -12,8 +12,9 @@ from lmtool.kernels.triton import linear, tuning
 from lmtool.kernels.triton.launch import allow_next, arch, arrival_counters, dependent_launch, wait_for_previous
 from lmtool.kernels.triton.norm import rms_norm
 from lmtool.kernels.triton.w4_codes import scale_of
-from lmtool.kernels.triton.w4_few import few_rows_kernel, sort_x_kernel
+from lmtool.kernels.triton.w4_few import few_rows_kernel
 from lmtool.kernels.triton.w4_wide import wide_kernel
+from lmtool.kernels.triton.w4_x import sort_x_kernel
 from lmtool.kernels.w4_layout import W4Tiles
 
 _FEW_ROWS = 16
@@ -81,16 +82,11 @@ def _product(
     flags |= dependent_launch(x.device)
     if out is None:
         out = torch.empty((num_rows, num_out), dtype=x.dtype, device=x.device)
-    few = num_rows <= _FEW_ROWS and arch(x.device) not in _WITHOUT_THE_INSTRUCTION
-    if few and num_rows > 1:
-        x = _sorted(x, weight, norm_weight, eps)
-    else:
-        x = x.contiguous() if norm_weight is None else rms_norm(x, norm_weight, eps)
-    bias_or_any = x if bias is None else bias
-    if few:
-        _launch_few(x, weight, bias_or_any, out, flags)
-    else:
-        _launch_wide(x, weight, bias_or_any, out, flags)
+    if num_rows <= _FEW_ROWS and arch(x.device) not in _WITHOUT_THE_INSTRUCTION:
+        _launch_few(x, weight, bias, norm_weight, eps, out, flags)
+        return out
+    x = x.contiguous() if norm_weight is None else rms_norm(x, norm_weight, eps)
+    _launch_wide(x, weight, x if bias is None else bias, out, flags)
     return out
 
 
@@ -115,8 +111,16 @@ def _sorted(x: Tensor, weight: W4Tiles, norm_weight: Tensor | None, eps: float) 
     return out
 
 
-def _launch_few(x: Tensor, weight: W4Tiles, bias: Tensor, out: Tensor, flags: dict[str, Any]) -> None:
-    num_rows = out.shape[0]
+def _launch_few(
+    x: Tensor,
+    weight: W4Tiles,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    out: Tensor,
+    flags: dict[str, Any],
+) -> None:
+    num_rows = x.shape[0]
     rows_of_tiles, tiles_k = weight.tiles.shape[:2]
     config = tuning.w4_few_config(
         arch(x.device),
@@ -126,23 +130,36 @@ def _launch_few(x: Tensor, weight: W4Tiles, bias: Tensor, out: Tensor, flags: di
         paired=weight.paired,
         group_size=weight.group_size,
     )
-    blocks = rows_of_tiles // config.num_warps
-    shared_by = (tiles_k - 1) // config.turns + 2
-    values = 4 if num_rows == 1 else 8 * triton.cdiv(num_rows, 8)
+    norm_inside = num_rows == 1 and norm_weight is not None and config.norm
+    if num_rows > 1:
+        x = _sorted(x, weight, norm_weight, eps)
+    else:
+        x = x.contiguous() if norm_weight is None or norm_inside else rms_norm(x, norm_weight, eps)
+    rows_at_once = config.num_warps // config.along_k
+    row = tiles_k // config.along_k  # turns of it
+    num_turns = rows_of_tiles // rows_at_once * row
+    shared_by = (row - 1) // config.turns + 2
+    values = 2 if num_rows == 1 else 8 * triton.cdiv(num_rows, 8)
     limits = {"maxnreg": config.registers} if arch(x.device) else {}
-    few_rows_kernel[(triton.cdiv(blocks * tiles_k, config.turns),)](
+    few_rows_kernel[(triton.cdiv(num_turns, config.turns),)](
         x,
+        norm_weight if norm_inside else x,
         weight.tiles,
-        bias,
+        x if bias is None else bias,
         out,
         torch.empty(rows_of_tiles * shared_by * 32 * values, dtype=torch.float32, device=x.device),
         arrival_counters(x.device),
         num_rows,
+        eps,
+        PADDED_K=triton.next_power_of_2(weight.num_in),
         VALUES=values,
-        NW=config.num_warps,
+        NW=rows_at_once,
+        KW=config.along_k,
         TURNS=config.turns,
+        HELD=config.held and row % config.turns == 0,
         EARLY=config.early,
         SORTED=num_rows > 1,
+        NORM=norm_inside,
         num_warps=config.num_warps,
         **flags,
         **limits,

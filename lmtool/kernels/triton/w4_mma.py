@@ -45,6 +45,21 @@ def mma(c, a0, a1, a2, a3, b0, b1, dtype: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
+def times(a, b, dtype: tl.constexpr, ASM: tl.constexpr):
+    """a · b, two numbers at once, rounded to ``dtype``."""
+    if ASM:
+        if dtype == tl.bfloat16:
+            CODE: tl.constexpr = "{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, $2, z; }"
+        else:
+            CODE: tl.constexpr = "mul.rn.f16x2 $0, $1, $2;"
+        out = tl.inline_asm_elementwise(CODE, "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        low, high = tl.split((_pair(a, dtype) * _pair(b, dtype)).to(tl.int16, bitcast=True).to(tl.int32))
+        out = (low & 0xFFFF) | (high << 16)
+    return out
+
+
+@triton.jit
 def _pair(register, dtype: tl.constexpr):
     """The two numbers of a register: a last dimension of two more."""
     low = register.to(tl.int16).to(dtype, bitcast=True)
