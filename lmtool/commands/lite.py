@@ -167,16 +167,11 @@ def calibrate(
     from lmtool.engine.device import choose_device
     from lmtool.quant.calibrate import FOLDER
     from lmtool.quant.calibrate import calibrate as run
-    from lmtool.quant.datasets import calibration_ids
-    from lmtool.quant.options import SELF
-    from lmtool.quant.own_text import own_text
+    from lmtool.quant.kept_text import calibration_text
     from lmtool.tokenizer import load_tokenizer
 
     source, on_device = resolve_model(model, revision=revision, download_dir=download_dir), choose_device(device)
-    if calibration.dataset == SELF:
-        ids = own_text(work_dir, source, calibration, sampler(source, device))
-    else:
-        ids = calibration_ids(calibration, load_tokenizer(source))
+    ids = calibration_text(work_dir, source, calibration, load_tokenizer(source), sampler(source, device))
     with block_bar("calibrating") as progress:
         run(source, work_dir, ids, calibration, device=on_device, progress=progress)
     typer.echo(f"{work_dir / FOLDER} holds key_value.safetensors and inputs.safetensors")

@@ -18,14 +18,13 @@ from lmtool.checkpoint.reader import read_json
 from lmtool.errors import MemoryShortError
 from lmtool.layers.rotary import cos_sin_table
 from lmtool.models.block import Block
-from lmtool.quant.datasets import calibration_ids
 from lmtool.quant.gram import Statistics
 from lmtool.quant.groups import GROUPS
 from lmtool.quant.job import Job, asked_for, check, check_disk, describe
+from lmtool.quant.kept_text import calibration_text
 from lmtool.quant.layers import Blocks, skipped_groups
-from lmtool.quant.options import SELF, QuantOptions
+from lmtool.quant.options import QuantOptions
 from lmtool.quant.output import QUALITY, write_model
-from lmtool.quant.own_text import own_text
 from lmtool.quant.plan import Plan, plan_run
 from lmtool.quant.report import clear_model
 from lmtool.quant.search import Outcome, quantize_block
@@ -158,9 +157,7 @@ def _entry(blocks: Blocks, i: int, outcome: Outcome) -> dict[str, Any]:
 def _ids(job: Job, tokenizer: Any) -> Tensor | None:
     if not job.options.searches:
         return None
-    if job.sample is not None and job.calibration.dataset == SELF:
-        return own_text(job.work_dir, job.model, job.calibration, job.sample, fresh=job.fresh)
-    return calibration_ids(job.calibration, tokenizer)
+    return calibration_text(job.work_dir, job.model, job.calibration, tokenizer, job.sample, fresh=job.fresh)
 
 
 def _finished(job: Job, about: Mapping[str, Any]) -> dict[str, Any] | None:

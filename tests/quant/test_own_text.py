@@ -14,8 +14,8 @@ from lmtool.commands.lite_self import sampler
 from lmtool.errors import ConfigError
 from lmtool.quant.datasets import calibration_ids
 from lmtool.quant.hub_datasets import hub_texts
+from lmtool.quant.kept_text import calibration_text, kept
 from lmtool.quant.options import CalibrationOptions
-from lmtool.quant.own_text import own_text
 from lmtool.tokenizer import load_tokenizer
 from tests.quant.models import tiny_folder
 
@@ -58,11 +58,11 @@ def test_it_is_kept_in_the_work_dir(tmp_path: Path) -> None:
         sampled.append(options)
         return torch.arange(options.samples * options.seqlen).view(options.samples, -1) + options.seed
 
-    first = own_text(out, model, OPTIONS, sample)
-    assert torch.equal(own_text(out, model, OPTIONS, sample), first)
+    first = kept(out, model, OPTIONS, sample)
+    assert torch.equal(kept(out, model, OPTIONS, sample), first)
     assert len(sampled) == 1
-    own_text(out, model, CalibrationOptions(samples=5, seqlen=40, seed=1), sample)
-    own_text(out, model, CalibrationOptions(samples=5, seqlen=40, seed=1), sample, fresh=True)
+    kept(out, model, CalibrationOptions(samples=5, seqlen=40, seed=1), sample)
+    kept(out, model, CalibrationOptions(samples=5, seqlen=40, seed=1), sample, fresh=True)
     assert len(sampled) == 3
 
 
@@ -79,6 +79,27 @@ def test_a_command_without_any_text(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 # ------------------------------------------------------------------ names of the hub
+
+
+def test_what_came_from_the_hub_is_kept_and_a_file_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, out = tiny_folder(tmp_path / "model"), tmp_path / "out"
+    tokenizer, rows = load_tokenizer(model), [{"text": "the quick brown fox " * 60}]
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *a, **o: rows))
+
+    def text(dataset: str, **options: Any) -> torch.Tensor:
+        asked = CalibrationOptions(dataset=dataset, samples=2, seqlen=20)
+        return calibration_text(out, model, asked, tokenizer, None, **options)
+
+    first = text("c4")
+    rows[0]["text"] = "the lazy dog " * 90
+    assert torch.equal(text("c4"), first)
+    assert not torch.equal(text("c4", fresh=True), first)
+    (tmp_path / "a.txt").write_text("the quick brown fox " * 60)
+    before = text(str(tmp_path / "a.txt"))
+    (tmp_path / "a.txt").write_text("the lazy dog " * 90)
+    assert not torch.equal(text(str(tmp_path / "a.txt")), before)
 
 
 def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
