@@ -18,9 +18,22 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
-from lmtool.kernels.triton import activation, attention, launch, linear, norm, rotary, sampling, w4, w4_few
+from lmtool.kernels.triton import (
+    activation,
+    attention,
+    launch,
+    linear,
+    norm,
+    rotary,
+    sampling,
+    w4,
+    w4_few,
+    w4_wide_hopper,
+)
 from lmtool.kernels.w4_layout import W4Tiles
 
 _TYPES = {
@@ -45,9 +58,12 @@ def compile_for(capability: int, function: JITFunction, args: tuple[Any, ...], k
         elif isinstance(value, Tensor):
             signature[name] = _TYPES[value.dtype]
             attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            block = ", ".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{_TYPES[value.base.dtype][1:]}[{block}],{value.layout!r}>"
         else:
             signature[name] = "i32" if isinstance(value, int) else "fp32"
-    source = ASTSource(function, signature, constants, attributes)
+    source = (GluonASTSource if function.is_gluon() else ASTSource)(function, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
@@ -168,7 +184,7 @@ def launch_main_shapes() -> None:
     linear.linear(meta(16, 4096, dtype=torch.bfloat16), meta(4096, 4096, dtype=torch.bfloat16))
     for batch_size in (4, 16, 256):  # each has a configuration of its own
         launch_decode(torch.float16, (32, 8, 128), batch_size)
-    for rows in (1, 8, 16, 64, 128, 256):
+    for rows in (1, 8, 16, 64, 256):
         launch_w4(torch.float16, rows, 4096, 4096)
     launch_w4(torch.float16, 1, 6144, 4096)  # a loop with the norm in it
     launch_w4(torch.float16, 1, 28672, 4096)
@@ -177,6 +193,8 @@ def launch_main_shapes() -> None:
     launch_w4(torch.float16, 1, 4096, 4096, group_size=32)
     launch_w4(torch.bfloat16, 1, 4096, 4096)
     launch_w4(torch.bfloat16, 64, 4096, 4096)
+    launch_w4(torch.float16, 256, 4096, 4096, group_size=32)
+    launch_w4(torch.float16, 64, 96, 256)  # not for the kernel that is Hopper's own
     w4.w4_expand(W4Tiles(meta(128, 32, 544, dtype=torch.int32), 4096, 4096), torch.float16)
     launch_decode(torch.bfloat16, (32, 8, 128), 4)
     launch_decode(torch.float16, (32, 32, 80), 4)
@@ -198,6 +216,11 @@ def main(capabilities: list[int]) -> None:
             found |= {name: kwargs[name] for name in ("VALUES", "GROUPS", "TURNS", "HELD", "NORM", "num_warps")}
             turn = instructions(cubin) if kwargs["HELD"] else straight(product_loop(cubin))
             found |= {"loop": len(turn), "conversions": sum("I2F" in instruction for instruction in turn)}
+        if self is w4_wide_hopper.wide_hopper_kernel:
+            found |= {name: kwargs[name] for name in ("BM", "HIGH", "GROUPS", "num_warps")}
+            body = product_loop(cubin)
+            found |= {"loop": len(body), "waits": sum("WARPGROUP.DEPBAR" in instruction for instruction in body)}
+            found["products"] = sum("HGMMA" in instruction for instruction in body)
         print(json.dumps(found), flush=True)
 
     JITFunction.run = compile_instead

@@ -14,7 +14,16 @@ INSTRUCTIONS_AN_ELEMENT = {80: 4.4, 128: 3.3, 256: 2.7}
 
 
 @pytest.mark.parametrize(
-    "kernel", ["_decode_kernel", "_prefill_kernel", "_row_kernel", "_tile_kernel", "_scan_kernel", "few_rows_kernel"]
+    "kernel",
+    [
+        "_decode_kernel",
+        "_prefill_kernel",
+        "_row_kernel",
+        "_tile_kernel",
+        "_scan_kernel",
+        "few_rows_kernel",
+        "wide_hopper_kernel",
+    ],
 )
 def test_nothing_spills(kernel):
     found = [made for made in compiled(HOPPER) if made["kernel"] == kernel]
@@ -51,3 +60,15 @@ def test_four_bit_weights_stay_within_their_instructions():
         # a kernel without a loop is all of its instructions, what is around the product included
         if made["GROUPS"] == 1 and not made["HELD"]:
             assert made["loop"] * 32 / weights <= INSTRUCTIONS_A_WEIGHT, made
+
+
+def test_four_bit_weights_are_expanded_while_the_tensor_cores_multiply():
+    """Two waits for eight products and more of a turn: with as many waits as products nothing overlaps."""
+    found = [made for made in compiled(HOPPER) if made["kernel"] == "wide_hopper_kernel"]
+    assert {made["BM"] for made in found} == {64, 128, 256}
+    for made in found:
+        assert made["products"] == 8 * made["HIGH"], f"the loop over tiles was not found: {made}"
+        assert made["waits"] == 2, made
+        # at 256 rows two warps share a scheduler, and their products take 2048 clocks
+        if made["GROUPS"] == 1:
+            assert made["loop"] <= 380 * made["HIGH"], made

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from lmtool import kernels
 from lmtool.errors import KernelError
@@ -9,6 +11,7 @@ from lmtool.kernels.reference import w4 as reference
 from lmtool.kernels.triton import tables, tuning
 from lmtool.kernels.triton import w4 as triton_w4
 from lmtool.kernels.triton.precompile import Precompilation
+from lmtool.kernels.triton.w4_wide_plan import piece_of, share_out
 from tests.kernels.support import assert_close, normal
 
 HALVES = [torch.float16, torch.bfloat16]
@@ -172,6 +175,96 @@ def test_warps_share_out_all_rows_of_tiles():
         assert key.num_out // 32 % (config.num_warps // config.along_k) == 0
         assert key.num_in // 128 % config.along_k == 0
         assert not config.held or key.num_in // 128 // config.along_k % config.turns == 0
+
+
+@triton.jit
+def _pieces_kernel(out_ptr, pieces, whole, rest, share, units):
+    for s in range(pieces):
+        piece = piece_of(s, tl.program_id(0), tl.num_programs(0), whole, rest, share, units)
+        for i in tl.static_range(6):
+            tl.store(out_ptr + (tl.program_id(0) * pieces + s) * 6 + i, piece[i])
+
+
+# (tiles, units, slots): one wave and a bit; parts that end where tiles end; that do not; fewer tiles than slots; one
+PLANS = [(11, 8, 6), (10, 8, 6), (9, 12, 7), (17, 5, 6), (3, 32, 8), (5, 7, 8), (12, 3, 6), (1, 1, 6), (2, 64, 40)]
+
+
+@pytest.mark.parametrize(("tiles", "units", "slots"), PLANS)
+def test_every_unit_of_every_tile_is_computed_once(tiles, units, slots, device):
+    shares = share_out(tiles, units, slots)
+    assert shares.programs <= slots
+    out = torch.zeros(shares.programs, shares.pieces, 6, dtype=torch.int32, device=device)
+    _pieces_kernel[(shares.programs,)](out, *shares[1:5], units)
+    found: dict[int, list[tuple[int, ...]]] = {}
+    for program, pieces in enumerate(out.tolist()):
+        own = [piece for piece in pieces if piece[1] < piece[2]]
+        assert own == pieces[: len(own)], "empty ones come last"
+        assert all(part >= adding for _, _, _, part, parts, adding in own[:-1] if parts > 1), "only the last one waits"
+        for tile, *rest in own:
+            found.setdefault(tile, []).append((program, *rest))
+    assert sorted(found) == list(range(tiles))
+    for pieces in found.values():
+        programs, starts, ends, order, parts, adding = zip(*pieces, strict=True)
+        assert (starts[0], ends[-1]) == (0, units)
+        assert starts[1:] == ends[:-1]
+        assert list(order) == list(range(len(pieces)))
+        assert set(parts) == {len(pieces)}
+        assert len(pieces) <= shares.parts
+        assert 1 <= adding[0] <= len(pieces)
+        assert list(programs) == list(range(programs[0], programs[0] + len(pieces)))
+
+
+def test_tiles_of_the_hopper_kernel_hold_whole_rows_of_tiles():
+    """It knows no others; a matrix of an odd number of them is for the other kernel."""
+    for num_out in (64, 192, 896, 2048, 4096, 6144, 16384, 28672):
+        for rows in (17, 40, 64, 80, 128, 144, 256, 320, 512, 8192):
+            config = tuning.w4_hopper_config(rows, num_out, 4096, paired=False)
+            assert config is not None
+            assert num_out % (16 * config.num_warps * config.high) == 0
+    assert tuning.w4_hopper_config(64, 96, 4096, paired=False) is None
+
+
+def test_without_its_gluon_kernel_a_hopper_does_as_other_cards(monkeypatch):
+    weight, x = tiles(64, 256, 128, torch.device("cpu")), torch.ones(20, 256, dtype=torch.float16)
+    monkeypatch.setattr(triton_w4, "arch", lambda device: 90)
+    assert triton_w4._hopper_config(x, weight) == tuning.w4_hopper_config(20, 64, 256, paired=False)
+    monkeypatch.setattr(triton_w4, "launch_wide_hopper", None)
+    assert triton_w4._hopper_config(x, weight) is None
+
+
+def test_programs_of_a_wave_have_about_as_much_to_do():
+    for tiles, units in [(224, 32), (32, 112), (48, 32), (32, 32), (128, 16), (448, 32)]:
+        shares = share_out(tiles, units, 132)
+        assert shares.whole * units + shares.share <= 1.5 * tiles * units / 132 + 4
+
+
+HOPPER_CONFIGS = [
+    (32, 4, 1, 4, 4),
+    (64, 4, 1, 5, 2),
+    (64, 4, 2, 5, 2),
+    (64, 4, 1, 3, 4),
+    (128, 4, 1, 3, 2),
+    (128, 4, 2, 3, 2),
+]
+HOPPER_CONFIGS += [(128, 8, 1, 5, 1), (256, 8, 1, 3, 1)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", HOPPER_CONFIGS)
+@pytest.mark.parametrize("group", [128, 32])
+def test_each_form_of_the_hopper_kernel_gives_one_result(config, group, device):
+    """Tiles shared evenly, unevenly and not at all; rows that fill no tile; again and again the same bits."""
+    if triton_w4.arch(device) != 90:
+        pytest.skip("for Hopper")
+    for rows, n, k in [(200, 6144, 1024), (40, 1408, 4096), (257, 2048, 2048)]:
+        weight, x = tiles(n, k, group, device), normal(rows, k, dtype=torch.float16, device=device)
+        expected = reference.w4_linear(x, weight, None)
+        entry = tables.Entry(tables.Key("w4_hopper", n, k, False, 2), None, tuning.W4HopperConfig(*config))
+        with tuning.using([entry]):
+            first = triton_w4.w4_linear(x, weight)
+            assert_close(first, expected, loosen=loosen(k, torch.float16))
+            for _ in range(20):  # the counters are zeros again after each
+                assert torch.equal(triton_w4.w4_linear(x, weight), first)
 
 
 def test_groups_that_no_kernel_takes_are_named():

@@ -31,6 +31,16 @@ def _capability(device: torch.device) -> int:
     return major * 10 + minor
 
 
+def multiprocessors(device: torch.device) -> int:
+    """How many the card has; those of an H200 where there is none, which matters to no kernel's code."""
+    return _multiprocessors(device) if device.type == "cuda" else 132
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def dependent_launch(device: torch.device) -> dict[str, Any]:
     """Launch arguments of programmatic dependent launch: on from Hopper, off elsewhere and in the interpreter."""
     return {"PDL": True, "launch_pdl": True} if arch(device) >= HOPPER else {"PDL": False}

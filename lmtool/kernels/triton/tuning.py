@@ -70,6 +70,19 @@ class W4WideConfig(NamedTuple):
     num_stages: int
 
 
+class W4HopperConfig(NamedTuple):
+    """Tiles of ``block_m`` rows of x and 16 · ``num_warps`` · ``high`` of the weights.
+
+    ``programs`` are on a multiprocessor at once: each has room for ``num_stages`` of 128 in features of x.
+    """
+
+    block_m: int
+    num_warps: int
+    high: int
+    num_stages: int
+    programs: int
+
+
 # the kernels that a table may hold, and what it says about each
 CONFIGS: dict[str, type] = {
     "rows": RowConfig,
@@ -77,6 +90,7 @@ CONFIGS: dict[str, type] = {
     "library": LibraryConfig,
     "w4_few": W4FewConfig,
     "w4_wide": W4WideConfig,
+    "w4_hopper": W4HopperConfig,
 }
 
 _forced: ContextVar[tables.Table | None] = ContextVar("forced_tuning", default=None)
@@ -182,8 +196,37 @@ def w4_wide_config(capability: int, num_rows: int, num_out: int, num_in: int, *,
     return W4WideConfig(128, 4, 1, min(4, split, num_in // 256), 4)
 
 
+def w4_hopper_config(num_rows: int, num_out: int, num_in: int, *, paired: bool) -> W4HopperConfig | None:
+    """For ``num_out`` × ``num_in`` filled up to whole tiles. None where 64 rows of the weights are not whole tiles."""
+    found = _find(_HOPPER, tables.Key("w4_hopper", num_out, num_in, paired, 2), num_rows)
+    if found is not None or num_out % 64:
+        return found
+    if num_rows <= 32:
+        return W4HopperConfig(32, 4, 1, 4, 4)
+    small, whole = num_out * num_in <= 4096 * 2048, num_out % 128 == 0
+    tall = whole and num_out >= 22528  # two thirds of a wave of tiles that no two programs share
+    if num_rows <= 64:
+        few = num_out * num_in < 6144 * 4096
+        return W4HopperConfig(64, 4, 2, 5, 2) if tall else W4HopperConfig(64, 4, 1, *((5, 2) if few else (3, 4)))
+    if num_rows <= 128 and small:
+        return W4HopperConfig(64, 4, 1, 5, 2)
+    if num_rows <= 96 and whole and not tall:
+        return W4HopperConfig(64, 4, 2, 5, 2)  # a tile of 128 of which much is missing is slow
+    if num_rows <= 128 or not whole:
+        return W4HopperConfig(128, 4, 2 if tall else 1, 3, 2)
+    if tall and num_rows <= 384 and -num_rows % 256 >= 96:
+        return W4HopperConfig(128, 4, 2, 3, 2)
+    # 256 rows of x are the faster ones where their tiles fill the card, alone or shared by a few programs
+    num_tiles = num_out // 128 * -(-num_rows // 256)
+    if num_tiles >= 86 or num_tiles * num_in >= 24 * 128 * 132:
+        return W4HopperConfig(256, 8, 1, 3, 1)
+    if small:
+        return W4HopperConfig(64, 4, 1, 5, 2) if num_rows <= 256 else W4HopperConfig(128, 4, 1, 3, 2)
+    return W4HopperConfig(128, 8, 1, 5, 1)
+
+
 def w4_most_rows(capability: int) -> int:
-    """Above this many rows the weights are expanded and the library multiplies."""
+    """Above this many rows the weights are expanded and the library multiplies, where no Hopper kernel takes all."""
     return 256 if capability >= _HOPPER else 64
 
 

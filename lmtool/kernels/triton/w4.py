@@ -9,13 +9,25 @@ from torch import Tensor
 
 from lmtool.errors import KernelError
 from lmtool.kernels.triton import linear, tuning
-from lmtool.kernels.triton.launch import allow_next, arch, arrival_counters, dependent_launch, wait_for_previous
+from lmtool.kernels.triton.launch import (
+    HOPPER,
+    allow_next,
+    arch,
+    arrival_counters,
+    dependent_launch,
+    wait_for_previous,
+)
 from lmtool.kernels.triton.norm import rms_norm
 from lmtool.kernels.triton.w4_codes import scale_of
 from lmtool.kernels.triton.w4_few import few_rows_kernel
 from lmtool.kernels.triton.w4_wide import wide_kernel
 from lmtool.kernels.triton.w4_x import sort_x_kernel
 from lmtool.kernels.w4_layout import W4Tiles
+
+try:
+    from lmtool.kernels.triton.w4_wide_hopper import launch_wide_hopper
+except (ImportError, AttributeError):  # Gluon is experimental: a Triton that has it otherwise does without
+    launch_wide_hopper = None
 
 _FEW_ROWS = 16
 _WITHOUT_THE_INSTRUCTION = (75,)  # mma.m16n8k16 came with 8.0
@@ -53,7 +65,17 @@ def _many_rows(x: Tensor, weight: W4Tiles) -> bool:
         raise KernelError(f"these 4-bit weights take x [T, {weight.num_in}], got {list(x.shape)}")
     if x.dtype == torch.float32 or x.shape[0] == 0:
         return True
+    if _hopper_config(x, weight) is not None:
+        return False  # as fast as the library with half-precision weights at any number of rows
     return x.shape[0] > tuning.w4_most_rows(arch(x.device))
+
+
+def _hopper_config(x: Tensor, weight: W4Tiles) -> tuning.W4HopperConfig | None:
+    """None: not for `w4_wide_hopper.py`."""
+    if launch_wide_hopper is None or arch(x.device) != HOPPER:
+        return None
+    rows_of_tiles, tiles_k = weight.tiles.shape[:2]
+    return tuning.w4_hopper_config(x.shape[0], rows_of_tiles * 32, tiles_k * 128, paired=weight.paired)
 
 
 def _product(
@@ -86,7 +108,10 @@ def _product(
         _launch_few(x, weight, bias, norm_weight, eps, out, flags)
         return out
     x = x.contiguous() if norm_weight is None else rms_norm(x, norm_weight, eps)
-    _launch_wide(x, weight, x if bias is None else bias, out, flags)
+    if config := _hopper_config(x, weight):
+        launch_wide_hopper(x, weight, bias, out, config, add=flags["ADD"])
+    else:
+        _launch_wide(x, weight, x if bias is None else bias, out, flags)
     return out
 
 

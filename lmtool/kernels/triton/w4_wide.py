@@ -2,6 +2,7 @@
 
 The same tiles as for a few rows: a warp's words are, in their order, the left operand of m64nNk16 as well. x goes
 through shared memory, fetched stages ahead. Beyond that the weights are expanded and the library multiplies (`w4.py`).
+On Hopper `w4_wide_hopper.py` takes all of this, but for matrices of an odd number of rows of tiles.
 """
 
 import triton
