@@ -71,4 +71,4 @@ def test_four_bit_weights_are_expanded_while_the_tensor_cores_multiply():
         assert made["waits"] == 2, made
         # at 256 rows two warps share a scheduler, and their products take 2048 clocks
         if made["GROUPS"] == 1:
-            assert made["loop"] <= 380 * made["HIGH"], made
+            assert made["loop"] <= 410 * made["HIGH"], made
