@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lmtool import kernels
 from lmtool.convert.progress import Progress
-from lmtool.errors import InputError
+from lmtool.errors import CheckpointError, InputError
 from lmtool.layers.rotary import cos_sin_table
 from lmtool.models.block import Block
 from lmtool.models.source import Source
@@ -41,11 +41,16 @@ def check(
 
 
 def logits(source: Source, other: Source, progress: Progress) -> Difference:
-    """Both with dtype float32 on a CPU."""
+    """Both with dtype float32 on a CPU. Raises CheckpointError for a source whose logits are no numbers."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(source.config.vocab_size, (1, _NUM_IDS), generator=generator)
     with torch.inference_mode():
         expected, actual = _run(source, ids, progress, 0), _run(other, ids, progress, 1)
+    if not torch.isfinite(expected).all():
+        raise CheckpointError(
+            f"the logits of {source.checkpoint.path} are no numbers: NaN or infinity is among its weights",
+            "download the model again; --no-check converts it as it is",
+        )
     relative = float((actual - expected).norm() / expected.norm().clamp_min(1e-30))
     same_top = (actual.argmax(-1) == expected.argmax(-1)).float().mean().item()
     return Difference(torch.equal(actual, expected), relative, same_top)

@@ -36,19 +36,27 @@ def stored_form(source: Source, ours: str, i: int, dtype: torch.dtype | None) ->
     matrix = ours.removeprefix("layers.{i}.").removesuffix(".weight")
     if matrix in _MATRICES or (dtype is None and matrix in _TABLES):
         packed = source.packed(ours, i)
-        if packed is not None:
-            return _codes(packed, paired=matrix == "gate_up", multiplied=matrix in _MATRICES)
+        if packed is not None and (dtype != torch.float32 or _fits_tiles(packed)):
+            where = f"{source.checkpoint.path}: {ours.format(i=i)}"
+            return _codes(packed, where, paired=matrix == "gate_up", multiplied=matrix in _MATRICES)
     if dtype is None and (eight := _int8(source, ours, i)) is not None:
         return eight
     stored = dtype_of(source, ours, i)
     wanted = dtype or stored or torch.float16
-    values = replace(source, dtype=wanted).tensor(ours, i)
-    if wanted == torch.float16 and stored != torch.float16 and not torch.isfinite(values).all():
-        raise CheckpointError(
-            f"{source.checkpoint.path}: {ours.format(i=i)} holds numbers that float16 cannot",
-            "give --dtype bfloat16 or float32",
-        )
-    return StoredForm("dense", tuple(values.shape), {"values": values}, exact=wanted in (stored, torch.float32))
+    read = stored or torch.float32
+    values = replace(source, dtype=read).tensor(ours, i)
+    values = as_dtype(values, wanted, f"{source.checkpoint.path}: {ours.format(i=i)}")
+    exact = torch.promote_types(read, wanted) == wanted
+    return StoredForm("dense", tuple(values.shape), {"values": values}, exact=exact)
+
+
+def as_dtype(values: Tensor, dtype: torch.dtype, where: str) -> Tensor:
+    """Rounded, never to infinity. where: file and name. Raises CheckpointError for numbers that float16 cannot hold."""
+    rounded = values.to(dtype)
+    overflows = dtype == torch.float16 != values.dtype and not torch.isfinite(rounded).all()
+    if overflows and not torch.equal(torch.isfinite(rounded), torch.isfinite(values)):
+        raise CheckpointError(f"{where} holds numbers that float16 cannot", "give --dtype bfloat16 or float32")
+    return rounded
 
 
 def dtype_of(source: Source, ours: str, i: int) -> torch.dtype | None:
@@ -74,7 +82,7 @@ def _int8(source: Source, ours: str, i: int) -> StoredForm | None:
     return StoredForm("int8", tuple(codes.shape), {"codes": codes, "scale": scale}, group_size)
 
 
-def _codes(packed: PackedInt4, *, paired: bool, multiplied: bool) -> StoredForm:
+def _codes(packed: PackedInt4, where: str, *, paired: bool, multiplied: bool) -> StoredForm:
     num_out, num_in = packed.codes.shape
     group_size = num_in // packed.scale.shape[1]
     if multiplied and packed.minimum is not None and torch.equal(packed.minimum, -_Q4_0_ZERO * packed.scale):
@@ -87,11 +95,19 @@ def _codes(packed: PackedInt4, *, paired: bool, multiplied: bool) -> StoredForm:
             "minimum": _halves(packed.minimum),
         }
         return StoredForm("int4", (num_out, num_in), parts, group_size)
-    if not torch.equal(packed.scale.to(torch.float16).to(packed.scale.dtype), packed.scale):
-        raise CheckpointError("scales of 4-bit weights do not fit float16", "give --dtype float32 to store numbers")
+    if not _fits_tiles(packed):
+        raise CheckpointError(
+            f"{where} has scales of 4-bit codes that float16 cannot hold", "give --dtype float32 to store numbers"
+        )
     tiles = tiles_of(packed, paired=paired)
     parts = {"tiles": tiles.tiles} | ({} if packed.order is None else {"order": packed.order})
     return StoredForm("w4", (num_out, num_in), parts, tiles.group_size, paired)
+
+
+def _fits_tiles(packed: PackedInt4) -> bool:
+    """Tiles have float16 scales; minimums lie beside their codes in whatever dtype they need."""
+    scale = packed.scale
+    return packed.zero is None or torch.equal(scale.to(torch.float16).to(scale.dtype), scale)
 
 
 def _halves(values: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ class Source:
     def check_shape(self, ours: str, i: int) -> None:
         names = self.sources(ours, i)
         shapes = [self.checkpoint.shape(name) for name in names]
-        stacked = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        stacked = (sum(shape[0] if shape else 0 for shape in shapes), *shapes[0][1:])
         if stacked != self.shape(ours) or any(shape[1:] != shapes[0][1:] for shape in shapes):
             found = ", ".join(f"{name} {list(shape)}" for name, shape in zip(names, shapes, strict=True))
             raise CheckpointError(
@@ -139,7 +139,7 @@ class Source:
             return staged
         parts = [self.checkpoint.tensor(name) for name in self.sources(ours, i)]
         for name, part in zip(self.sources(ours, i), parts, strict=True):
-            self._check_floating(name, part.dtype)
+            self.check_floating(name, part.dtype)
         joined = parts[0] if len(parts) == 1 else torch.cat(parts)
         if transform is not None:
             joined = transform(joined, self.config)
@@ -153,15 +153,15 @@ class Source:
         if len(stored) < len(names):
             return None
         for name, part in zip(names, stored, strict=True):
-            self._check_floating(name, part.dtype)
+            self.check_floating(name, part.dtype)
         num_rows = [part.shape[0] for part in stored]
         joined = torch.empty((sum(num_rows), *stored[0].shape[1:]), dtype=self.dtype, device=self.device)
         for rows, part in zip(joined.split(num_rows), stored, strict=True):
             self.stager.fill(rows, part)
         return joined
 
-    def _check_floating(self, name: str, dtype: torch.dtype) -> None:
-        if not dtype.is_floating_point:
+    def check_floating(self, name: str, dtype: torch.dtype) -> None:
+        if not dtype.is_floating_point or dtype.itemsize < 2:  # float8 means nothing without its scales
             raise CheckpointError(
                 f"{self.checkpoint.path}: {name} holds {dtype} numbers".replace("torch.", ""),
                 "codes of a quantized model, which config.json does not explain: download the model again",
@@ -203,12 +203,6 @@ class Source:
             return None
         self.check_shape(weight_name, i)
         weight = kernels.empty_w4(stored.num_out, stored.num_in, stored.group_size, self.device, paired=stored.paired)
-        if weight.tiles.shape != stored.tiles.shape:
-            raise CheckpointError(
-                f"{self.checkpoint.path}: {names[0]} lies in tiles {list(stored.tiles.shape)}, not "
-                f"{list(weight.tiles.shape)}",
-                "convert the model again",
-            )
         if self.stager is not None:
             self.stager.fill(weight.tiles, stored.tiles)
         elif self.device.type != "meta":

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from gguf import GGMLQuantizationType
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lmtool.checkpoint.formats import open_checkpoint
 from lmtool.checkpoint.workspace import Workspace, join_nibbles, split_nibbles
@@ -15,7 +15,7 @@ from lmtool.convert.job import Job
 from lmtool.convert.to_hf import export
 from lmtool.convert.to_workspace import Converted, convert
 from lmtool.engine.setup import load_engine, open_decoder
-from lmtool.errors import ConfigError
+from lmtool.errors import CheckpointError, ConfigError
 from lmtool.layers.weights import W4, Int4Cpu
 from lmtool.models.loader import outline_decoder, read_model_config
 from lmtool.tokenizer import load_tokenizer
@@ -265,3 +265,24 @@ def test_smollm2_from_a_workspace_says_what_the_file_says(tmp_path: Path) -> Non
     answer = run_all(load_engine(workspace, EngineConfig(device="cpu")).core, [request(1, ids, max_new_tokens=8)])[1]
     rows = all_logits(expected, [*ids, *answer], len(ids))[len(ids) - 1 : -1]
     assert check_greedy(answer, rows, torch.bfloat16) >= 1
+
+
+def test_scales_that_no_tile_can_hold_become_numbers_when_asked(tmp_path: Path) -> None:
+    model = quantize(tiny_folder(tmp_path / "model", intermediate_size=128), "awq")
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.scales"
+    tensors[name] = tensors[name].float() * (1 + 2**-20)
+    save_file(tensors, model / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"layers.1.down.weight has scales .* give --dtype float32"):
+        to_workspace(model)
+    _, made = to_workspace(model, dtype="float32")
+    kinds = {name: weight.kind for name, weight in made.manifest.weights.items()}
+    assert made.exact
+    assert (kinds["layers.0.down.weight"], kinds["layers.1.down.weight"]) == ("w4", "dense")
+
+
+def test_float64_is_not_exact_as_float32(tmp_path: Path) -> None:
+    model = tiny_folder(tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    save_file({name: tensor.double() for name, tensor in tensors.items()}, model / "model.safetensors")
+    assert not to_workspace(model, dtype="float32")[1].exact
