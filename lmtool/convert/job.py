@@ -6,6 +6,7 @@ from pathlib import Path
 from lmtool.checkpoint.formats import Checkpoint
 from lmtool.checkpoint.workspace import check_tensor_name
 from lmtool.config import DTYPES, MODEL_FORMATS
+from lmtool.convert.place import refuse_nesting
 from lmtool.errors import CheckpointError, ConfigError
 from lmtool.models.config import ModelConfig
 
@@ -38,17 +39,12 @@ class Job:
     check: bool = True
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"--dtype is {self.dtype!r}", "give one of " + ", ".join(DTYPES))
+        check_dtype(self.dtype)
         if self.model_format not in (None, *MODEL_FORMATS):
             raise ConfigError(f"--model-format is {self.model_format!r}", "give one of " + ", ".join(MODEL_FORMATS))
         if self.tp < 1:
             raise ConfigError(f"--tp is {self.tp}", "give the number of GPUs")
-        source, destination = self.source.resolve(), self.destination.absolute()
-        if destination == source or destination in source.parents or source in destination.parents:
-            raise ConfigError(
-                f"--dst-path {self.destination} and {self.name} lie in one another", "give a folder beside the model"
-            )
+        refuse_nesting(self.source, self.destination, self.name)
 
     def check_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Raises ConfigError where it is not what was insisted on."""
@@ -71,6 +67,12 @@ class Job:
                 raise ConfigError(f"--tp {self.tp} does not divide the model's {size} {what}", "give a divisor")
         if model.num_kv_heads % self.tp and self.tp % model.num_kv_heads:
             raise ConfigError(f"--tp {self.tp} and {model.num_kv_heads} key/value heads", "one must divide the other")
+
+
+def check_dtype(name: str) -> None:
+    """Raises ConfigError for a --dtype that there is not."""
+    if name not in DTYPES:
+        raise ConfigError(f"--dtype is {name!r}", "give one of " + ", ".join(DTYPES))
 
 
 def group_size_of(checkpoint: Checkpoint) -> int | None:

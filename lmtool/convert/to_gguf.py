@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmtool.checkpoint.formats import PackedInt4, PackedInt8, open_checkpoint
+from lmtool.checkpoint.formats import PackedInt4, PackedInt8, open_checkpoint, workspace_of
 from lmtool.checkpoint.gguf_blocks import BLOCK, q4_1_blocks, q8_0_blocks
 from lmtool.checkpoint.gguf_config import BLOCK_NAMES, INTERLEAVED_ROPE, ROPE_FREQS, TOP_NAMES
 from lmtool.checkpoint.workspace import Workspace
 from lmtool.convert import compare
 from lmtool.convert.gguf_metadata import ARCHITECTURES, add_model, add_tokenizer, rope_freqs
-from lmtool.convert.place import unwritable
+from lmtool.convert.place import check_file, new_file, refuse_nesting
 from lmtool.convert.progress import Progress, silent
 from lmtool.convert.to_hf import open_workspace
 from lmtool.errors import CheckpointError, ConfigError
@@ -59,7 +59,8 @@ def export_gguf(
     """
     if kind not in (None, *TYPES):
         raise ConfigError(f"--gguf-type is {kind!r}", "give one of " + ", ".join(TYPES))
-    _check_destination(destination, overwrite=overwrite)
+    check_file(destination, overwrite=overwrite)
+    refuse_nesting(workspace_of(path), destination, str(path))
     progress = progress or silent
     with closing(open_workspace(path)) as workspace:
         model = read_model_config(workspace.config)
@@ -69,25 +70,11 @@ def export_gguf(
                 if any(weight.kind in ("w4", "int4") for weight in workspace.manifest.weights.values())
                 else "F16"
             )
-        partial = destination.with_name(f".{destination.stem}.partial.gguf")
-        try:
-            num_tensors = _write(partial, workspace, model, kind, load_tokenizer(path), progress)
+        tokenizer = load_tokenizer(path)
+        with new_file(destination, overwrite=overwrite) as partial:
+            num_tensors = _write(partial, workspace, model, kind, tokenizer, progress)
             difference = _check(partial, workspace, kind, progress) if check else None
-            partial.replace(destination)
-        except OSError as error:
-            raise unwritable(destination, error) from error
-        finally:
-            partial.unlink(missing_ok=True)
     return GgufMade(destination.stat().st_size, num_tensors, kind, difference)
-
-
-def _check_destination(destination: Path, *, overwrite: bool) -> None:
-    if destination.suffix != ".gguf":
-        raise ConfigError(f"--dst-path {destination} is no GGUF file's name", "let it end in .gguf")
-    if destination.is_dir() or destination.is_symlink():
-        raise ConfigError(f"--dst-path {destination} is no file", "give the name of one")
-    if destination.exists() and not overwrite:
-        raise ConfigError(f"--dst-path {destination} is there already", "give another name, or --overwrite")
 
 
 # ---------------------------------------------------------------------- what is written
@@ -154,7 +141,6 @@ def _write(
 ) -> int:
     from gguf import GGMLQuantizationType, GGUFWriter
 
-    path.unlink(missing_ok=True)
     writer = GGUFWriter(path, ARCHITECTURES[model.architecture])
     add_model(writer, model, kind)
     add_tokenizer(writer, for_gguf(tokenizer, model.vocab_size), tokenizer)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmtool.checkpoint.formats import PackedInt8, open_checkpoint
+from lmtool.checkpoint.formats import PackedInt8, open_checkpoint, workspace_of
 from lmtool.checkpoint.packing import pack_awq
 from lmtool.checkpoint.quantized import head_parts
 from lmtool.checkpoint.reader import INDEX, SINGLE
@@ -17,9 +17,12 @@ from lmtool.checkpoint.tensor_file import TensorFile
 from lmtool.checkpoint.workspace import Workspace
 from lmtool.checkpoint.writer import write_json
 from lmtool.convert import compare
-from lmtool.convert.place import new_folder
+from lmtool.convert.job import check_dtype
+from lmtool.convert.place import new_folder, refuse_nesting
 from lmtool.convert.progress import Progress, silent
+from lmtool.convert.stored import as_dtype
 from lmtool.convert.to_workspace import SHARD_BYTES
+from lmtool.convert.whole import check_weights
 from lmtool.errors import ConfigError
 from lmtool.models.hf_view import HfView
 from lmtool.models.loader import read_model_config
@@ -43,11 +46,14 @@ class Exported:
 
 
 def open_workspace(path: Path) -> Workspace:
-    """Raises ConfigError for anything else."""
+    """Raises ConfigError for anything else, CheckpointError for one whose weights are not those of its config."""
+    if not path.exists() and not workspace_of(path).exists():
+        raise ConfigError(f"{path} does not exist", "give a workspace: `lmtool convert MODEL` makes one")
     checkpoint = open_checkpoint(path)
     if not isinstance(checkpoint, Workspace):
         checkpoint.close()
         raise ConfigError(f"{path} is no workspace", "`lmtool convert` makes one of it; then go on from there")
+    check_weights(checkpoint, read_model_config(checkpoint.config))
     return checkpoint
 
 
@@ -65,6 +71,8 @@ def export(
 
     Raises InputError of the kind that fits, and leaves the destination as it was.
     """
+    check_dtype(dtype)
+    refuse_nesting(workspace_of(path), destination, str(path))
     progress = progress or silent
     with closing(open_workspace(path)) as workspace, new_folder(destination, overwrite=overwrite) as folder:
         model = read_model_config(workspace.config)
@@ -124,7 +132,7 @@ def _tensors(
         elif head is None or not view.tied:  # as numbers a head of its own has no place in a tied model
             values = view.tensor(name)
             made = view.dtype(name) in CODES
-            yield name, values.to(dtype or (torch.float16 if made else values.dtype))
+            yield name, as_dtype(values, dtype or (torch.float16 if made else values.dtype), f"{view.path}: {name}")
     progress("converting", len(names), len(names))
 
 

@@ -12,7 +12,7 @@ import xxhash
 
 from lmtool import __version__
 from lmtool.checkpoint.engine_file import ENGINE_FILE, engine_file_text
-from lmtool.checkpoint.formats import MANIFEST, Checkpoint, open_checkpoint
+from lmtool.checkpoint.formats import MANIFEST, PICKLE_SUFFIXES, Checkpoint, open_checkpoint
 from lmtool.checkpoint.tensor_file import TensorFile
 from lmtool.checkpoint.workspace import FORMAT_VERSION, Manifest, SourceEntry, TensorEntry, WeightEntry, Workspace
 from lmtool.checkpoint.writer import write_text
@@ -22,6 +22,7 @@ from lmtool.convert.place import check_destination, new_folder
 from lmtool.convert.progress import Progress, silent
 from lmtool.convert.stored import StoredForm, stored_form
 from lmtool.convert.unpickle import as_safetensors, pickle_files
+from lmtool.convert.whole import check_weights
 from lmtool.errors import ConfigError
 from lmtool.models.config import ModelConfig
 from lmtool.models.loader import read_model_config
@@ -52,6 +53,8 @@ def convert(job: Job, progress: Progress | None = None) -> Converted:
         return _convert(job, job.source, progress)
     files = pickle_files(job.source)
     if not files:
+        if job.source.suffix in PICKLE_SUFFIXES:
+            raise ConfigError(f"--allow-bin: {job.name} is one file", "give the folder that holds it and config.json")
         raise ConfigError(f"--allow-bin: {job.name} has no pickle weights, or has safetensors too", "leave it out")
     refuse_links_out(job.source)
     with as_safetensors(job.source, files, job.destination, progress) as folder:
@@ -65,8 +68,8 @@ def _convert(job: Job, path: Path, progress: Progress) -> Converted:
         check_source(path, checkpoint)
         model = read_model_config(checkpoint.config)
         job.check_split(model)
+        check_weights(checkpoint, model)
         source = Source(checkpoint, model, names_of(checkpoint), torch.float32, _CPU)
-        source.check_names()
         tokenizer = load_tokenizer(job.tokenizer_path or path, chat_template=job.chat_template)
         with new_folder(job.destination, overwrite=job.overwrite) as folder:
             weights, exact = _write_weights(source, folder, _dtype(job), progress)

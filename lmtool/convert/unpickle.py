@@ -18,8 +18,9 @@ from torch import Tensor
 from lmtool.checkpoint.formats import PICKLE_SUFFIXES
 from lmtool.checkpoint.tensor_file import TensorFile
 from lmtool.checkpoint.workspace import check_tensor_name
+from lmtool.convert.place import temporary_folder
 from lmtool.convert.progress import Progress
-from lmtool.errors import CheckpointError
+from lmtool.errors import CheckpointError, DeviceError, InputError
 
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 _MOST_LINE = 1 << 16
@@ -38,15 +39,15 @@ def pickle_files(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def as_safetensors(source: Path, files: list[Path], beside: Path, progress: Progress) -> Iterator[Path]:
-    """A folder next to ``beside`` with what ``source`` holds, for as long as the block lasts.
+def as_safetensors(source: Path, files: list[Path], destination: Path, progress: Progress) -> Iterator[Path]:
+    """A folder next to ``destination`` with what ``source`` holds, for as long as the block lasts.
 
     A file is read whole: memory for the largest. Raises CheckpointError for a pickle of anything but tensors.
     """
-    folder = beside.with_name(f".{beside.name}.unpickled")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
+    stems = [file.stem for file in files]
+    if twice := next((stem for stem in stems if stems.count(stem) > 1), None):
+        raise CheckpointError(f"{source} holds several files named {twice}", "leave the files of one model in it")
+    with temporary_folder(destination, "unpickled") as folder:
         for done, file in enumerate(files):
             progress("reading pickle files", done, len(files))
             with TensorFile(folder / f"{file.stem}.safetensors", _MOST_TENSORS) as written:
@@ -56,9 +57,10 @@ def as_safetensors(source: Path, files: list[Path], beside: Path, progress: Prog
             for file in source.glob(pattern):
                 if not file.name.endswith(".index.json"):
                     shutil.copyfile(file, folder / file.name)
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            yield folder
+        except InputError as error:  # the folder it names is gone when that is read
+            raise type(error)(error.cause.replace(str(folder), str(source)), error.fix) from error
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
@@ -86,9 +88,18 @@ def _received(file: Path, pipe: IO[bytes]) -> Iterator[tuple[str, Tensor]]:
         length = int.from_bytes(_exactly(file, pipe, 4), "little")
         if length > _MOST_LINE:
             raise _not_understood(file)
-        line = json.loads(_exactly(file, pipe, length))
+        try:
+            line = json.loads(_exactly(file, pipe, length))
+        except ValueError:
+            raise _not_understood(file) from None
+        if not isinstance(line, dict):
+            raise _not_understood(file)
         if line.get("end"):
             return
+        if "machine" in line:
+            raise DeviceError(*line["machine"])
+        if "unreadable" in line:
+            raise CheckpointError(f"{file} cannot be read: {line['unreadable']}", "is the file whole?")
         if "error" in line:
             raise CheckpointError(f"{file} holds more than tensors: {line['error']}", "do not trust it")
         yield _tensor(file, pipe, line)

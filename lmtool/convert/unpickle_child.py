@@ -7,6 +7,7 @@ tensor the length of a JSON line, the line, the bytes; last a line that says so,
 import io
 import json
 import os
+import pickle
 import sys
 from collections.abc import Mapping
 from typing import Any, BinaryIO
@@ -15,6 +16,7 @@ import torch
 
 from lmtool.checkpoint.tensor_file import tensor_bytes
 from lmtool.convert.fence import fence
+from lmtool.errors import DeviceError
 
 _NESTED = ("state_dict", "model")  # where training code puts the weights
 
@@ -29,8 +31,16 @@ def main() -> None:
             with os.fdopen(source_fd, "rb") as source:
                 _send_all(pipe, torch.load(source, map_location="cpu", weights_only=True))
             _send(pipe, {"end": True})
+        except DeviceError as error:
+            _send(pipe, {"machine": [error.cause, error.fix]})
+        except (pickle.UnpicklingError, TypeError) as error:
+            _send(pipe, {"error": _one_line(error)})
         except Exception as error:
-            _send(pipe, {"error": " ".join(str(error).split())[:300] or type(error).__name__})
+            _send(pipe, {"unreadable": f"{type(error).__name__}: {_one_line(error)}"})
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _import_what_loading_needs() -> None:
@@ -53,6 +63,8 @@ def _send_all(pipe: BinaryIO, loaded: Any) -> None:
     for name, tensor in loaded.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
             raise TypeError(f"{str(name)[:60]!r} is a {type(tensor).__name__}, not a dense tensor")
+        if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():  # a few bytes that fill the memory
+            raise TypeError(f"{name[:60]!r} repeats what is stored of it")
         dtype = str(tensor.dtype).removeprefix("torch.")
         _send(pipe, {"name": name, "dtype": dtype, "shape": list(tensor.shape)})
         pipe.write(tensor_bytes(tensor.detach()))

@@ -113,6 +113,39 @@ def test_what_is_no_weights_is_refused(
     assert said in refused(capsys, "convert", pickled, "--allow-bin", "--dst-path", pickled.parent / "w")
 
 
+def test_a_few_bytes_that_would_fill_the_memory(pickled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"a": torch.zeros(1).expand(1 << 40)}, pickled / "pytorch_model-00002-of-00002.bin")
+    line = refused(capsys, "convert", pickled, "--allow-bin", "--dst-path", pickled.parent / "w")
+    assert "'a' repeats what is stored of it" in line
+
+
+def test_what_is_no_pickle_is_not_called_one(pickled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (pickled / "pytorch_model-00002-of-00002.bin").write_text("hello")
+    line = refused(capsys, "convert", pickled, "--allow-bin", "--dst-path", pickled.parent / "w")
+    assert "pytorch_model-00002-of-00002.bin cannot be read" in line
+
+
+def test_two_files_of_one_name(pickled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "pytorch_model-00002-of-00002"
+    (pickled / f"{name}.bin").rename(pickled / f"{name}.pt")
+    torch.save({}, pickled / f"{name}.bin")
+    line = refused(capsys, "convert", pickled, "--allow-bin", "--dst-path", pickled.parent / "w")
+    assert f"{pickled} holds several files named {name}" in line
+
+
+def test_errors_name_the_model_and_not_the_folder_on_the_way(pickled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (pickled / "pytorch_model-00002-of-00002.bin").unlink()
+    line = refused(capsys, "convert", pickled, "--allow-bin", "--dst-path", pickled.parent / "w")
+    assert str(pickled) in line
+    assert "unpickled" not in line
+
+
+def test_a_single_pickle_is_told_what_to_give(pickled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = pickled / "pytorch_model-00001-of-00002.bin"
+    line = refused(capsys, "convert", file, "--allow-bin", "--dst-path", pickled.parent / "w")
+    assert "is one file; give the folder" in line
+
+
 def test_a_broken_pickle_is_told(pickled: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = pickled / "pytorch_model-00002-of-00002.bin"
     os.truncate(file, file.stat().st_size // 2)
