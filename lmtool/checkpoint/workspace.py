@@ -85,6 +85,8 @@ def read_manifest(folder: Path) -> Manifest:
         version = msgspec.json.decode(data, type=_Version).format_version
     except (OSError, msgspec.DecodeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}", CONVERT_AGAIN) from error
+    if version < 1:
+        raise CheckpointError(f"{path} is damaged: its format version is {version}", CONVERT_AGAIN)
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format version {version}, this lmtool reads up to {FORMAT_VERSION}",
@@ -104,12 +106,36 @@ def _check_weight(path: Path, name: str, weight: WeightEntry) -> None:
     needed = set(known) - _MAY_BE_ABSENT
     if not needed or not needed <= set(weight.parts) <= set(known):
         raise CheckpointError(f"{path}: {name} is of kind {weight.kind!r} in {sorted(weight.parts)}", CONVERT_AGAIN)
-    if weight.kind != "dense" and (len(weight.shape) != 2 or weight.group_size < 1):
+    if weight.kind != "dense" and not _has_groups(weight):
         raise CheckpointError(f"{path}: {name} has groups of {weight.group_size} in {weight.shape}", CONVERT_AGAIN)
-    for entry in weight.parts.values():
+    shapes = _part_shapes(weight)
+    for part, entry in weight.parts.items():
+        if entry.shape != shapes[part]:
+            said = f"{weight.kind!r} {list(weight.shape)} and its {part} {list(entry.shape)}, not {list(shapes[part])}"
+            raise CheckpointError(f"{path}: {name} is {said}", CONVERT_AGAIN)
         check_tensor_name(path, entry.name)
         if PurePosixPath(entry.file).name != entry.file or not entry.file.endswith(".safetensors"):
             raise CheckpointError(f"{path} puts {entry.name} into {entry.file!r}, no file of its folder", CONVERT_AGAIN)
+
+
+def _has_groups(weight: WeightEntry) -> bool:
+    g = weight.group_size
+    whole = len(weight.shape) == 2 and g >= 1 and weight.shape[0] >= 1 and weight.shape[1] % g == 0
+    return whole and (weight.kind != "w4" or kernels.W4_LARGEST_GROUP % g == 0)
+
+
+def _part_shapes(weight: WeightEntry) -> dict[str, tuple[int, ...]]:
+    """What the tensors of a weight have, part by part (docs/format.md)."""
+    if weight.kind == "dense":
+        return {"values": weight.shape}
+    num_out, num_in = weight.shape
+    groups = (num_out, num_in // weight.group_size)
+    if weight.kind == "w4":
+        meta = torch.device("meta")
+        tiles = kernels.empty_w4(num_out, num_in, weight.group_size, meta, paired=weight.paired)
+        return {"tiles": tuple(tiles.tiles.shape), "order": (num_in,)}
+    codes = (num_out, num_in // 2 if weight.kind == "int4" else num_in)
+    return {"codes": codes, "scale": groups, "minimum": groups}
 
 
 def check_tensor_name(where: Path, name: str) -> None:

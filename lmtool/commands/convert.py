@@ -1,6 +1,7 @@
 """`lmtool convert`: any checkpoint into the engine's own format, and a workspace back into others'."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -94,15 +95,15 @@ def convert(
         from lmtool.checkpoint.hub import resolve_model
         from lmtool.convert.job import Job
 
+        find = partial(resolve_model, model, revision=revision, download_dir=download_dir)
         job = Job(
-            source=quant_path
-            or resolve_model(model, revision=revision, download_dir=download_dir, allow_bin=allow_bin),
+            source=quant_path or find(allow_bin=allow_bin),
             name=str(quant_path or model),
             destination=dst_path or _DEFAULT_DESTINATION,
             dtype=dtype,
             model_format=model_format,
             group_size=group_size,
-            tokenizer_path=tokenizer_path or (resolve_model(model) if quant_path else None),
+            tokenizer_path=tokenizer_path or (find() if quant_path else None),
             chat_template=chat_template or name,
             tp=tp,
             overwrite=overwrite,
@@ -119,6 +120,7 @@ def convert(
         "--tokenizer-path": tokenizer_path,
         "--quant-path": quant_path,
         "--revision": revision,
+        "--download-dir": download_dir,
         "--allow-bin": allow_bin,
         "--warm": warm,
     }

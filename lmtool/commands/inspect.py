@@ -39,8 +39,10 @@ def inspect(
 
         print(msgspec.json.encode(found).decode())
         return
+    from lmtool.chat.escape import neutralise
+
     for name, value in _rows(found):
-        print(f"{name:<10}  {value}")
+        print(f"{name:<10}  {neutralise(value)}")
 
 
 def _rows(found: "Inspection") -> list[tuple[str, str]]:

@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 
 from lmtool.checkpoint.formats import Checkpoint, open_checkpoint, workspace_of
-from lmtool.checkpoint.workspace import Workspace
+from lmtool.checkpoint.workspace import CONVERT_AGAIN, Workspace
 from lmtool.convert.progress import Progress, silent
+from lmtool.convert.whole import check_weights
 from lmtool.engine.kv_cache import BLOCK_SIZE, block_bytes
-from lmtool.errors import ConfigError, TokenizerError
+from lmtool.errors import CheckpointError, ConfigError, TokenizerError
 from lmtool.layers.weights import W4, Dense, Matrix
 from lmtool.models.config import ModelConfig
-from lmtool.models.decoder import Decoder
+from lmtool.models.decoder import Decoder, DecoderLayer
 from lmtool.models.loader import outline_decoder, read_model_config
-from lmtool.models.source import Source, names_of
 from lmtool.tokenizer import load_tokenizer
 
 
@@ -64,15 +64,17 @@ def inspect(
     path = workspace_of(path)
     with closing(open_checkpoint(path)) as checkpoint:
         model = read_model_config(checkpoint.config)
-        context = context or model.max_positions
+        context = model.max_positions if context is None else context
         if context < 1 or concurrency < 1:
             raise ConfigError(f"--context {context} --concurrency {concurrency}", "give numbers above 0")
-        _check_shapes(checkpoint, model)
+        check_weights(checkpoint, model)
         is_workspace = isinstance(checkpoint, Workspace)
         if is_workspace and verify:
             _verify(checkpoint, progress or silent)
         manifest = checkpoint.manifest if isinstance(checkpoint, Workspace) else None
         template, no_tokenizer = _template(path)
+        if is_workspace and no_tokenizer is not None:  # weights alone are a checkpoint; a workspace is all that runs it
+            raise CheckpointError(no_tokenizer, CONVERT_AGAIN)
         return Inspection(
             path=str(path),
             format=checkpoint.format,
@@ -94,26 +96,30 @@ def memory_on_gpu(checkpoint: Checkpoint, model: ModelConfig, context: int, conc
     """What the engine would hold there; beside it a CUDA context, graphs and workspaces take about 1 GB."""
     numbers = torch.bfloat16 if model.dtype == "bfloat16" else torch.float16  # as `choose_dtype` on a card since 8.0
     keep_int4 = any(checkpoint.dtype(name) == "int4" for name in checkpoint.names())
-    outline = outline_decoder(checkpoint, model, numbers, keep_int4=keep_int4)
+    outline = outline_decoder(checkpoint, model, numbers, keep_int4=keep_int4, num_layers=model.num_layers)
     block = block_bytes(model, numbers)
     blocks = -(-context // BLOCK_SIZE) * concurrency + 1
     return Memory(
         dtype=str(numbers).removeprefix("torch."),
         context=context,
         concurrency=concurrency,
-        weights=_decoder_bytes(outline, model.num_layers),
+        weights=_decoder_bytes(outline),
         cache=blocks * block,
         cache_per_token=block // BLOCK_SIZE,
     )
 
 
-def _decoder_bytes(outline: Decoder, num_layers: int) -> int:
-    layer = outline.layers[-1]
+def _decoder_bytes(outline: Decoder) -> int:
+    head = outline.head
+    shares = isinstance(head, Dense) and head.weight is outline.embed  # a tied head may have 8-bit codes of its own
+    layers = sum(_layer_bytes(layer) for layer in outline.layers)  # checkpoints leave some of them unquantized
+    return layers + outline.embed.nbytes + outline.final_norm.nbytes + (0 if shares else _matrix_bytes(head))
+
+
+def _layer_bytes(layer: DecoderLayer) -> int:
     matrices = (layer.qkv, layer.o, layer.gate_up, layer.down)
-    norms = [norm for norm in (layer.attention_norm, layer.mlp_norm, layer.q_norm, layer.k_norm) if norm is not None]
-    one = sum(_matrix_bytes(matrix) for matrix in matrices) + sum(norm.nbytes for norm in norms)
-    head = 0 if outline.config.tie_word_embeddings else _matrix_bytes(outline.head)
-    return one * num_layers + outline.embed.nbytes + head + outline.final_norm.nbytes
+    norms = (layer.attention_norm, layer.mlp_norm, layer.q_norm, layer.k_norm)
+    return sum(_matrix_bytes(matrix) for matrix in matrices) + sum(norm.nbytes for norm in norms if norm is not None)
 
 
 def _matrix_bytes(matrix: Matrix) -> int:
@@ -123,14 +129,6 @@ def _matrix_bytes(matrix: Matrix) -> int:
         assert isinstance(matrix, Dense)
         held = [matrix.weight, matrix.bias]
     return sum(tensor.nbytes for tensor in held if tensor is not None)
-
-
-def _check_shapes(checkpoint: Checkpoint, model: ModelConfig) -> None:
-    source = Source(checkpoint, model, names_of(checkpoint), torch.float32, torch.device("meta"))
-    source.check_names()
-    for ours in source.wanted():
-        for i in range(model.num_layers if "{i}" in ours else 1):
-            source.check_shape(ours, i)
 
 
 def _verify(workspace: Checkpoint, progress: Progress) -> None:

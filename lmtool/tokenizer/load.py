@@ -97,7 +97,7 @@ def _folder_vocabulary(
         return sentencepiece_model.from_model_file(model, added), [], []
     if library.exists():
         return bpe.from_tokenizer_json(library)
-    if not (folder / "config.json").exists():
+    if not any((folder / name).exists() for name in ("config.json", MANIFEST)):
         raise TokenizerError(f"{folder} holds no model", "give a folder with config.json, or a .gguf file")
     raise TokenizerError(
         f"{folder} holds no tokenizer.json, tokenizer.model or *.tiktoken", "download the tokenizer's files into it"

@@ -95,6 +95,7 @@ def test_a_newer_format_is_named(workspace: Path, capsys: pytest.CaptureFixture[
     [
         ({"weights": 5}, "is damaged"),
         ({"format_version": "one"}, "cannot be read"),
+        ({"format_version": 0}, "its format version is 0"),
         ({"surprise": 1}, "unknown field `surprise`"),
         ({"config": {"architectures": ["Nobody"]}}, "Nobody is not supported"),
         ({"weights": {}}, "tensors are missing"),
@@ -124,13 +125,27 @@ def test_a_manifest_leads_nowhere_else(
     assert said in refused(capsys, "inspect", workspace)
 
 
-def test_tiles_of_another_model_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"group_size": 64}, "and its tiles [4, 2, 640], not [4, 2, 576]"),
+        ({"group_size": 128}, "has groups of 128 in (128, 64)"),
+        ({"group_size": 10**30}, "has groups of 1000"),
+        ({"shape": [-128, 64]}, "has groups of 32 in (-128, 64)"),
+        ({"shape": [256, 64]}, "and its tiles [4, 2, 640], not [8, 2, 640]"),
+        ({"shape": [128]}, "has groups of 32 in (128,)"),
+    ],
+)
+def test_tiles_of_another_model_are_refused(
+    change: dict[str, object], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = quantize(tiny_folder(tmp_path / "model", intermediate_size=128), **KINDS["awq"])
     assert cli.main(["convert", str(model), "--dst-path", str(tmp_path / "workspace"), "--no-check"]) == 0
     manifest = json.loads((tmp_path / "workspace/lmtool.json").read_text())
-    manifest["weights"]["layers.0.qkv.weight"]["group_size"] = 128
+    manifest["weights"]["layers.0.qkv.weight"] |= change
     (tmp_path / "workspace/lmtool.json").write_text(json.dumps(manifest))
-    assert "lies in tiles" in refused(capsys, "inspect", tmp_path / "workspace")
+    for words in (["inspect"], ["convert", "--to", "hf", "-o", tmp_path / "x"]):
+        assert said in refused(capsys, words[0], tmp_path / "workspace", *words[1:])
 
 
 # ---------------------------------------------------------------------- a source or a destination that will not do
@@ -183,6 +198,12 @@ def test_a_tensor_with_a_name_that_leads_elsewhere(name: str, model: Path, capsy
         (["--dst-path", "link"], "is a link"),
         (["--dst-path", "other"], "is there already; give another folder, or --overwrite"),
         (["--chat-template", "nobody"], "nobody"),
+        (["--dst-path", "to model/inside"], "lie in one another"),
+        (["--dst-path", "settings", "--overwrite"], "holds files that are no model"),
+        (["--dst-path", "x" * 300], "file name too long"),
+        (["--to", "hf", "-o", "x", "--download-dir", "y"], "--download-dir means nothing here"),
+        (["--to", "hf", "-o", "x", "--dtype", "int8"], "--dtype is 'int8'"),
+        (["--quant-path", "other", "--revision", "main"], "--revision main: MODEL is on this machine"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(
@@ -196,7 +217,10 @@ def test_what_cannot_be_meant_is_refused(
     monkeypatch.chdir(tmp_path)
     Path("full").mkdir()
     Path("full/letter.txt").write_text("dear")
+    Path("settings").mkdir()
+    Path("settings/config.json").write_text("{}")
     Path("file").write_text("x")
+    Path("to model").symlink_to(model)
     Path("link").symlink_to("full")
     tiny_folder(Path("other"))
     before = contents(Path("other"))
@@ -204,6 +228,50 @@ def test_what_cannot_be_meant_is_refused(
     assert contents(Path("other")) == before
     assert contents(Path("full")) == {"letter.txt": b"dear"}
     assert not [path.name for path in tmp_path.iterdir() if path.name.endswith((".partial", ".old"))]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "said"),
+    [
+        (torch.tensor(1.0), "model.norm.weight [] do not make [64]"),
+        (torch.zeros(0), "model.norm.weight [0] do not make [64]"),
+        (torch.ones(64, dtype=torch.int8), "model.norm.weight holds int8 numbers"),
+        (torch.ones(64).to(torch.float8_e4m3fn), "model.norm.weight holds float8_e4m3fn numbers"),
+    ],
+)
+def test_tensors_that_are_no_weights(
+    tensor: torch.Tensor, said: str, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file(load_file(model / "model.safetensors") | {"model.norm.weight": tensor}, model / "model.safetensors")
+    assert said in refused(capsys, "inspect", model)
+    assert said in refused(capsys, "convert", model, "--dst-path", model.parent / "w")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_model_that_is_broken_itself(number: float, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][3] = number
+    save_file(tensors, model / "model.safetensors")
+    for dtype in ("auto", "float16"):
+        line = refused(capsys, "convert", model, "--dst-path", model.parent / "w", "--dtype", dtype)
+        assert f"the logits of {model} are no numbers" in line
+
+
+def test_a_workspace_without_its_tokenizer_is_damaged(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (workspace / "tokenizer.json").unlink()
+    assert f"{workspace} holds no tokenizer.json" in refused(capsys, "inspect", workspace)
+
+
+def test_a_workspace_is_not_written_over_or_into(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(workspace)
+    layouts = (workspace, workspace / "triton_models/weights")
+    for source in layouts:
+        for place in (workspace, workspace / "hf", workspace.parent):
+            line = refused(capsys, "convert", source, "--to", "hf", "-o", place, "--overwrite")
+            assert "lie in one another" in line
+        line = refused(capsys, "convert", source, "--to", "gguf", "-o", workspace / "x.gguf")
+        assert "lie in one another" in line
+    assert contents(workspace) == before
 
 
 def test_numbers_that_float16_cannot_hold(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,6 +282,9 @@ def test_numbers_that_float16_cannot_hold(model: Path, capsys: pytest.CaptureFix
     line = refused(capsys, "convert", model, "--dtype", "float16", "--dst-path", destination)
     assert "final_norm holds numbers that float16 cannot" in line
     assert not destination.exists()
+    assert cli.main(["convert", str(model), "--dst-path", str(destination)]) == 0
+    line = refused(capsys, "convert", destination, "--to", "hf", "-o", model.parent / "hf", "--dtype", "float16")
+    assert "model.norm.weight holds numbers that float16 cannot" in line
 
 
 def test_an_existing_workspace_is_replaced_only_when_asked(workspace: Path, model: Path) -> None:
