@@ -162,7 +162,7 @@ def _write(
     writer.flush()
     os.fsync(writer.fout[0].fileno())
     writer.close()
-    return len(plan)
+    return len(plan) + (freqs is not None)
 
 
 def _num_bytes(one: _Planned) -> int:

@@ -81,7 +81,7 @@ def export(
         packed = {name for name in view.names() if view.dtype(name) in CODES}
         as_codes = {name for name in packed if view.dtype(name) == "int4"} if why is None else set()
         wanted = None if dtype == "auto" else getattr(torch, dtype)
-        _write_shards(folder, _tensors(view, as_codes, wanted, progress), 4 * len(view.names()))
+        num_tensors = _write_shards(folder, _tensors(view, as_codes, wanted, progress), 4 * len(view.names()))
         tokenizer = load_tokenizer(path)
         save_tokenizer(tokenizer, path, folder)
         if workspace.generation_config:
@@ -93,7 +93,7 @@ def export(
         exact = wanted == torch.float32 or (wanted is None and not packed - as_codes - (heads if as_codes else set()))
         difference = _check(workspace, folder, exact=exact, progress=progress) if check else None
     num_bytes = sum(file.stat().st_size for file in destination.iterdir())
-    return Exported(num_bytes, len(view.names()), bool(as_codes), why if packed else None, difference)
+    return Exported(num_bytes, num_tensors, bool(as_codes), why if packed else None, difference)
 
 
 def _why_not_awq(workspace: Workspace) -> str | None:
@@ -142,8 +142,8 @@ def int8_head(view: HfView, name: str) -> PackedInt8 | None:
     return packed if packed is not None and packed.scale.shape[1] == 1 else None
 
 
-def _write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], most_tensors: int) -> None:
-    """How many files there will be is known at the end: then they get their names."""
+def _write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], most_tensors: int) -> int:
+    """The number of tensors. How many files there will be is known at the end: then they get their names."""
     file_of: dict[str, int] = {}
     sizes: list[int] = []
     following = next(tensors, None)
@@ -161,6 +161,7 @@ def _write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], most_tens
     if count > 1:
         weight_map = {tensor: names[i] for tensor, i in file_of.items()}
         write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
+    return len(file_of)
 
 
 def _config(workspace: Workspace, view: HfView, as_codes: set[str], dtype: str) -> dict[str, Any]:

@@ -47,7 +47,8 @@ def test_what_was_made_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["exact"]
     assert found["check"] == {"equal": True, "relative": 0.0, "same_top": 1.0}
     run("lmtool convert ./workspace --to hf -o hf --json")
-    assert json.loads(capsys.readouterr().out)["format"] == "awq"
+    found = json.loads(capsys.readouterr().out)
+    assert (found["format"], found["tensors"]) == ("awq", len(load_file("hf/model.safetensors")))
     run("lmtool convert ./workspace --to gguf -o my.gguf --json")
     assert json.loads(capsys.readouterr().out)["type"] == "Q4_1"
 
