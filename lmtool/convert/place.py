@@ -127,6 +127,8 @@ def _is_written(path: Path, destination: Path) -> bool:
 def _locked_folder(destination: Path, what: str) -> Iterator[Path]:
     """An empty folder beside ``destination`` that no other process fills; what a killed one left in it is removed."""
     folder = destination.with_name(f".{destination.name}.{what}")
+    if folder.parent.is_file():
+        raise ConfigError(f"--dst-path {destination} lies in a file", "give a place in a folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(exist_ok=True)
     with _lock(folder, destination):

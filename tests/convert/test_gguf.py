@@ -122,7 +122,8 @@ def test_numbers_are_rounded_by_the_package(kind: str, most: float, tmp_path: Pa
         (["-o", "there.gguf"], "is there already"),
         (["-o", "x.gguf", "--gguf-type", "Q2_K"], "give one of F16"),
         (["-o", "x.gguf", "--dense"], "--dense means nothing here"),
-        (["-o", "nowhere/x.gguf"], "cannot be written: no such file or directory"),
+        (["-o", "there.gguf/x.gguf"], "lies in a file"),
+        (["-o", "there.gguf/a/x.gguf"], "cannot be written: not a directory"),
     ],
 )
 def test_what_cannot_be_written(
