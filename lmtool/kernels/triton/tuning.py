@@ -170,7 +170,9 @@ def w4_few_config(
         registers = 168 if small_groups else 144 if held else 128
         # a norm in the kernel is as dear as one before it from about four turns on
         return W4FewConfig(along_k, turns, False, registers, along_k, held, norm=turns <= 3)
-    num_warps = 4 if tiles_n % 4 == 0 else 2 if tiles_n % 2 == 0 else 1
+    # with sixteen rows and a sum to add to, four warps are a register short: two are as fast (docs/log.md)
+    four = tiles_n % 4 == 0 and (num_rows <= 8 or paired)
+    num_warps = 4 if four else 2 if tiles_n % 2 == 0 else 1
     # of 4 warps on a multiprocessor: what registers leave room for
     programs = 3 if num_rows > 8 and group_size < 128 else 4
     turns = -(-(tiles_n // num_warps * tiles_k) // (132 * programs * 4 // num_warps))
