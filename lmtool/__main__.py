@@ -2,7 +2,15 @@
 
 import sys
 
-from lmtool.cli import main
+
+def main() -> int:
+    try:
+        from lmtool.cli import main as run
+
+        return run()
+    except KeyboardInterrupt:  # while modules are still being imported: later ones are the command line's own
+        return 130
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 import lmtool
-from lmtool import cli
+from lmtool import __main__, cli
 from lmtool.errors import EngineError, InputError
 from tests.commands.test_argv import _commands
 
@@ -152,3 +153,12 @@ def test_help_of_a_reader_that_leaves_early_is_no_error() -> None:
         ["/bin/sh", "-c", f"{sys.executable} -m lmtool chat --help | head -1"], capture_output=True, text=True
     )
     assert done.stderr == ""
+
+
+def test_ctrl_c_while_modules_are_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(ModuleType):
+        def __getattr__(self, name: str) -> object:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "lmtool.cli", Interrupted("lmtool.cli"))
+    assert __main__.main() == cli.EXIT_INTERRUPTED
