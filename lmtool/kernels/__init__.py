@@ -12,11 +12,16 @@ import torch
 from torch import Tensor
 
 from lmtool.kernels.dispatch import compile_ahead, force, implementation, is_capturable
+from lmtool.kernels.kv_layout import KV_BLOCK, KV_SCHEMES, KvScheme, QuantizedKv, empty_kv, kv_block_bytes
 from lmtool.kernels.layout import DecodePlan, StepRows
 from lmtool.kernels.w4_layout import W4_LARGEST_GROUP, W4Tiles, empty_w4, pack_w4, unpack_w4
 
 __all__ = [
     "DecodePlan",
+    "KV_BLOCK",
+    "KV_SCHEMES",
+    "KvScheme",
+    "QuantizedKv",
     "StepRows",
     "W4_LARGEST_GROUP",
     "W4Tiles",
@@ -26,10 +31,16 @@ __all__ = [
     "attention_decode",
     "attention_prefill",
     "compile_ahead",
+    "empty_kv",
     "empty_w4",
     "force",
     "implementation",
     "is_capturable",
+    "kv_attention_decode",
+    "kv_attention_prefill",
+    "kv_block_bytes",
+    "kv_copy",
+    "kv_store",
     "linear",
     "norm_linear",
     "norm_linear_silu",
@@ -172,6 +183,75 @@ def attention_prefill(
     impl = implementation("attention", q.device, q.dtype, q.shape[2])
     return impl.attention_prefill(
         q, k_cache, v_cache, block_tables, cu_seqlens_q, seq_lens, max_seqlen_q, scale, window
+    )
+
+
+def kv_store(
+    qkv: Tensor,
+    cos_sin: Tensor,
+    slots: Tensor,
+    cache: QuantizedKv,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """`rope_store` into a quantized cache of any scheme but 'int4', whose blocks become so when they are full."""
+    impl = implementation("kv", qkv.device, qkv.dtype, cache.head_dim)
+    return impl.kv_store(qkv, cos_sin, slots, cache, q_norm, k_norm, eps)
+
+
+def kv_copy(source: QuantizedKv, source_blocks: Tensor, target: QuantizedKv, target_blocks: Tensor) -> None:
+    """Blocks of an 'int8' cache into another, as they are or, where that one is 'int4', as four bits.
+
+    source_blocks, target_blocks [n] int32; nothing is written for a target of 0. What is written to 'int4' is all 64
+    tokens of a block. Targets differ from one another.
+    """
+    implementation("kv", source.k.device, torch.float16, source.head_dim).kv_copy(
+        source, source_blocks, target, target_blocks
+    )
+
+
+def kv_attention_decode(
+    q: Tensor,
+    cache: QuantizedKv,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    window: int = 0,
+    plan: DecodePlan | None = None,
+    opened: QuantizedKv | None = None,
+    open_blocks: Tensor | None = None,
+) -> Tensor:
+    """`attention_decode` over a quantized cache.
+
+    opened, open_blocks [B] int32: an 'int8' cache and, of each sequence, the block of it that is read in place of the
+    sequence's last one, (seq_len - 1) // 64, full or not.
+    """
+    impl = implementation("kv", q.device, q.dtype, q.shape[2])
+    return impl.kv_attention_decode(q, cache, block_tables, seq_lens, scale, window, plan, opened, open_blocks)
+
+
+def kv_attention_prefill(
+    q: Tensor,
+    cache: QuantizedKv,
+    block_tables: Tensor,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    max_seqlen_q: int,
+    scale: float,
+    window: int = 0,
+    fresh: QuantizedKv | None = None,
+    fresh_first: Tensor | None = None,
+) -> Tensor:
+    """`attention_prefill` over a quantized cache.
+
+    fresh, fresh_first [S] int32: an 'int8' cache that holds every block in which a chunk has tokens; of sequence s
+    block j is its block fresh_first[s] + j. A query sees the tokens of its own block there and all before in
+    ``cache``, however the prompt was cut into chunks.
+    """
+    impl = implementation("kv", q.device, q.dtype, q.shape[2])
+    return impl.kv_attention_prefill(
+        q, cache, block_tables, cu_seqlens_q, seq_lens, max_seqlen_q, scale, window, fresh, fresh_first
     )
 
 

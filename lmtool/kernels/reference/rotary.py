@@ -18,18 +18,30 @@ def rope_store(
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    num_kv_heads, _, _, head_dim = k_cache.shape
-    num_tokens = qkv.shape[0]
-    heads = qkv.view(num_tokens, -1, head_dim)
+    q, k, v = rotate_heads(qkv, cos_sin, k_cache.shape[0], k_cache.shape[3], q_norm, k_norm, eps)
+    _store(k_cache, slots, k)
+    _store(v_cache, slots, v)
+    return q
+
+
+def rotate_heads(
+    qkv: Tensor,
+    cos_sin: Tensor,
+    num_kv_heads: int,
+    head_dim: int,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv [T, (Hq + 2·Hkv) · D] → q [T, Hq, D] and k [T, Hkv, D], normalised if asked and rotated, and v [T, Hkv, D]."""
+    heads = qkv.view(qkv.shape[0], -1, head_dim)
     num_q_heads = heads.shape[1] - 2 * num_kv_heads
     q_and_k = heads[:, : num_q_heads + num_kv_heads]
     if q_norm is not None and k_norm is not None:
         q = rms_norm(q_and_k[:, :num_q_heads], q_norm, eps)
         q_and_k = torch.cat((q, rms_norm(q_and_k[:, num_q_heads:], k_norm, eps)), dim=1)
     rotated = _rotate(q_and_k, cos_sin)
-    _store(k_cache, slots, rotated[:, num_q_heads:])
-    _store(v_cache, slots, heads[:, num_q_heads + num_kv_heads :])
-    return rotated[:, :num_q_heads]
+    return rotated[:, :num_q_heads], rotated[:, num_q_heads:], heads[:, num_q_heads + num_kv_heads :]
 
 
 def _store(cache: Tensor, slots: Tensor, new: Tensor) -> None:
