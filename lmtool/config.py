@@ -15,6 +15,8 @@ from typing import Any, Self, get_args, get_origin, get_type_hints
 from lmtool.errors import ConfigError, RequestError
 
 DTYPES = ("auto", "float16", "bfloat16", "float32")
+QUANT_POLICIES = {0: "model", 8: "int8", 4: "int4"}
+KV_DTYPES = ("model", "auto", "int8", "int4", "k8v4")
 MODEL_FORMATS = ("hf", "awq", "gptq", "gguf", "lmtool")
 MAX_LOGPROBS = 20
 
@@ -81,6 +83,9 @@ class EngineConfig:
                            GPU; 512 on a CPU, where a step takes long enough to be waited for by Ctrl-C
     cache_max_entry_count  share of the *free* device memory for the KV cache (GPU)
     cache_gb               size of the KV cache in GiB; on a CPU this is what bounds it
+    quant_policy           the K/V cache: 0 as numbers, 8 int8, 4 int4 (what LMDeploy calls these)
+    kv_dtype               the same by name: 'model', 'int8', 'int4', 'k8v4' (K in 8 bits, V in 4), or 'auto': int8
+                           where a session of full length would not fit otherwise
     prefix_caching         share the K/V blocks of equal prompt beginnings
     cuda_graphs            capture the decode step once for each batch size (GPU); off: a slower engine starts faster
     given                  names of what was passed: a workspace's engine.toml sets the others
@@ -94,6 +99,8 @@ class EngineConfig:
     max_batched_tokens: int | None = None
     cache_max_entry_count: float = 0.8
     cache_gb: float | None = None
+    quant_policy: int = 0
+    kv_dtype: str | None = None
     prefix_caching: bool = True
     cuda_graphs: bool = True
     given: frozenset[str] = field(init=False, repr=False, compare=False)
@@ -106,6 +113,10 @@ class EngineConfig:
     def settings(self) -> dict[str, Any]:
         """Every setting by its name."""
         return {one.name: getattr(self, one.name) for one in fields(self) if one.init}
+
+    def but(self, **settings: Any) -> Self:
+        """With these given instead of what they are. Raises ConfigError for one that cannot be."""
+        return type(self)(**{**{name: getattr(self, name) for name in self.given}, **settings})
 
     def under(self, settings: Mapping[str, Any]) -> Self:
         """With ``settings`` for what was not given. Raises ConfigError for one that cannot be."""
@@ -125,6 +136,17 @@ class EngineConfig:
         )
         check(0 < self.cache_max_entry_count < 1, "cache_max_entry_count", "a share between 0 and 1")
         check(self.cache_gb is None or 0 < self.cache_gb < math.inf, "cache_gb", "a size in GiB above 0")
+        check(self.quant_policy in QUANT_POLICIES, "quant_policy", "0 (off), 8 (int8) or 4 (int4)")
+        check(self.kv_dtype in (None, *KV_DTYPES), "kv_dtype", "one of " + ", ".join(KV_DTYPES))
+        if self.kv_dtype is not None and self.quant_policy and self.kv_dtype != QUANT_POLICIES[self.quant_policy]:
+            check(
+                False, "kv_dtype", f"{QUANT_POLICIES[self.quant_policy]}, which is --quant-policy {self.quant_policy}"
+            )
+
+    @property
+    def kv_choice(self) -> str:
+        """One of `KV_DTYPES`, by whichever of the two names it was given."""
+        return self.kv_dtype or QUANT_POLICIES[self.quant_policy]
 
 
 # LMDeploy has two engines and a class for each; lmtool has one

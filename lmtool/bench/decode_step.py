@@ -30,9 +30,9 @@ class DecodeStep:
         blocks = _CONTEXT // BLOCK_SIZE
         plan = CachePlan(num_blocks=rows * blocks + 1, block_size=BLOCK_SIZE, block_bytes=0, session_len=_CONTEXT)
         self._caches = allocate_cache(plan, model, dtype, device)
-        for pair in self._caches:
-            for cache in pair:
-                cache.normal_(0, 1)
+        for cache in self._caches:
+            for part in cache.tensors():
+                part.normal_(0, 1)
         tables = (torch.randperm(rows * blocks, device=device) + 1).view(rows, blocks)
         self._ids = torch.randint(model.vocab_size, (rows,), device=device)
         self._context = AttentionContext(

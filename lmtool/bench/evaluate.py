@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmtool.checkpoint.engine_file import under_engine_file
 from lmtool.config import EngineConfig
 from lmtool.engine.device import memory_short
-from lmtool.engine.kv_cache import BLOCK_SIZE, CachePlan, allocate_cache, block_bytes
+from lmtool.engine.kv_cache import BLOCK_SIZE, allocate_cache, outline_plan
 from lmtool.engine.setup import batched_tokens, open_decoder
 from lmtool.errors import CheckpointError, ConfigError, EngineError
 from lmtool.layers.context import AttentionContext
@@ -91,15 +92,17 @@ def evaluate(
     """
     original = None
     if against is not None:
-        decoder, stored = open_decoder(against, config)
+        as_numbers = config.but(quant_policy=0, kv_dtype="model")
+        decoder, stored = open_decoder(against, as_numbers)
         chunk = _chunk_tokens(chunk_tokens, config, decoder)
         hidden = [
             rows.cpu()
-            for i, rows in enumerate(_hidden(decoder, windows, chunk))
+            for i, rows in enumerate(_hidden(decoder, windows, chunk, as_numbers))
             if _tell(progress, "original", i + 1, len(windows))
         ]
         decoder.layers.clear()  # embedding, last norm and head stay
         original = (decoder, stored, hidden)
+    config = under_engine_file(config, model)
     decoder, stored = open_decoder(model, config)
     if original is not None and original[0].config.vocab_size != decoder.config.vocab_size:
         raise CheckpointError(
@@ -109,7 +112,7 @@ def evaluate(
         )
     chunk = _chunk_tokens(chunk_tokens, config, decoder)
     losses = []
-    for i, rows in enumerate(_hidden(decoder, windows, chunk)):
+    for i, rows in enumerate(_hidden(decoder, windows, chunk, config)):
         reference = (original[0], original[2][i]) if original is not None else None
         losses.append(_window_losses(decoder, rows, windows[i], reference))
         _tell(progress, "model", i + 1, len(windows))
@@ -144,7 +147,7 @@ def _chunk_tokens(asked: int | None, config: EngineConfig, decoder: Decoder) -> 
 
 # ------------------------------------------------------------------ a window through the cache
 @torch.inference_mode()
-def _hidden(decoder: Decoder, windows: Tensor, chunk_tokens: int) -> Iterator[Tensor]:
+def _hidden(decoder: Decoder, windows: Tensor, chunk_tokens: int, config: EngineConfig) -> Iterator[Tensor]:
     """For each window the residual stream after the last layer [L, H], on the decoder's device."""
     length = windows.shape[1]
     if length > len(decoder.cos_sin):
@@ -152,15 +155,16 @@ def _hidden(decoder: Decoder, windows: Tensor, chunk_tokens: int) -> Iterator[Te
             f"--window-len is {length}, the model's context is {len(decoder.cos_sin)}", "give a smaller one"
         )
     blocks = -(-length // BLOCK_SIZE)
-    plan = CachePlan(
+    plan = outline_plan(
+        config,
+        length,
         num_blocks=blocks + 1,  # block 0 is nobody's
-        block_size=BLOCK_SIZE,
-        block_bytes=block_bytes(decoder.config, decoder.dtype),
-        session_len=length,
+        num_slots=1,
+        is_static=decoder.kv_parameters is not None,
     )
     device = decoder.device
     with memory_short(f"no memory for a cache of {length} tokens on {device}", "give a smaller --window-len"):
-        caches = allocate_cache(plan, decoder.config, decoder.dtype, device)
+        caches = allocate_cache(plan, decoder.config, decoder.dtype, device, decoder.kv_parameters)
     table = torch.arange(1, blocks + 1, device=device, dtype=torch.int32)[None]
     for ids in windows.to(device):
         rows = []
@@ -173,6 +177,7 @@ def _hidden(decoder: Decoder, windows: Tensor, chunk_tokens: int) -> Iterator[Te
                 slots=positions + BLOCK_SIZE,
                 seq_lens=torch.tensor([last], dtype=torch.int32, device=device),
                 block_tables=table[:, : -(-last // BLOCK_SIZE)].contiguous(),
+                seq_slots=torch.zeros(1, dtype=torch.int32, device=device),
                 cu_seqlens_q=torch.tensor([0, last - first], dtype=torch.int32, device=device),
                 max_seqlen_q=last - first,
             )

@@ -56,6 +56,8 @@ def offline(
     device: options.Device = options.ENGINE_DEFAULTS.device,
     dtype: options.Dtype = options.ENGINE_DEFAULTS.dtype,
     max_batch_size: options.MaxBatchSize = None,
+    quant_policy: options.QuantPolicy = None,
+    kv_dtype: options.KvDtype = None,
     cache_gb: options.CacheGb = None,
     cache_max_entry_count: options.CacheMaxEntryCount = None,
     json: JsonFile = None,
@@ -84,6 +86,8 @@ def offline(
         device=device,
         dtype=dtype,
         max_batch_size=max_batch_size,
+        quant_policy=quant_policy,
+        kv_dtype=kv_dtype,
         cache_gb=cache_gb,
         cache_max_entry_count=cache_max_entry_count,
     )

@@ -57,6 +57,8 @@ def chat(
     dtype: options.Dtype = options.ENGINE_DEFAULTS.dtype,
     model_format: options.ModelFormat = None,
     session_len: options.SessionLen = None,
+    quant_policy: options.QuantPolicy = None,
+    kv_dtype: options.KvDtype = None,
     cache_gb: options.CacheGb = None,
     cache_max_entry_count: options.CacheMaxEntryCount = None,
     chat_template: options.ChatTemplate = None,
@@ -92,6 +94,8 @@ def chat(
         dtype=dtype,
         model_format=model_format,
         session_len=session_len,
+        quant_policy=quant_policy,
+        kv_dtype=kv_dtype,
         cache_gb=cache_gb,
         cache_max_entry_count=cache_max_entry_count,
         max_batch_size=1,  # one conversation: fewer kernels to compile and one graph to capture

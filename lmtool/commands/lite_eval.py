@@ -44,6 +44,8 @@ def evaluate(
     chunk_tokens: ChunkTokens = None,
     device: options.Device = options.ENGINE_DEFAULTS.device,
     dtype: options.Dtype = options.ENGINE_DEFAULTS.dtype,
+    quant_policy: options.QuantPolicy = None,
+    kv_dtype: options.KvDtype = None,
     json: JsonFile = None,
     revision: options.Revision = None,
     download_dir: options.DownloadDir = None,
@@ -62,7 +64,7 @@ def evaluate(
         windows=windows,
         window_len=window_len,
         chunk_tokens=chunk_tokens,
-        config=options.engine_config(device=device, dtype=dtype),
+        config=options.engine_config(device=device, dtype=dtype, quant_policy=quant_policy, kv_dtype=kv_dtype),
     )
     if json is not None:
         put(json_format.dumps({"model": model, "against": against} | about, indent=1), json)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lmtool.config import DTYPES, EngineConfig, GenerationConfig
+from lmtool.config import DTYPES, KV_DTYPES, EngineConfig, GenerationConfig
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -56,6 +56,14 @@ MaxBatchSize = Annotated[
 CacheMaxEntryCount = Annotated[
     float | None,
     typer.Option(help="Share of the free GPU memory for the KV cache (default: 0.8).", rich_help_panel=_ENGINE),
+]
+QuantPolicy = Annotated[
+    int | None,
+    typer.Option(help="The K/V cache: 0 as numbers, 8 int8, 4 int4 (default: 0).", rich_help_panel=_ENGINE),
+]
+KvDtype = Annotated[
+    str | None,
+    typer.Option(help="The same by name: " + ", ".join(KV_DTYPES) + ".", rich_help_panel=_ENGINE),
 ]
 CacheGb = Annotated[
     float | None,

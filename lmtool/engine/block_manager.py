@@ -24,12 +24,18 @@ def hash_block(parent: bytes, token_ids: array[int]) -> bytes:
 
 
 class BlockManager:
-    """``num_blocks`` counts block 0, so ``num_blocks - 1`` can be given out."""
+    """``num_blocks`` counts block 0, so ``num_blocks - 1`` can be given out.
 
-    def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = True) -> None:
+    keep_tails: whether a block holds its tokens before it is full; else a sequence's partly filled one is lost with it.
+    """
+
+    def __init__(
+        self, num_blocks: int, block_size: int, *, prefix_caching: bool = True, keep_tails: bool = True
+    ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.prefix_caching = prefix_caching
+        self.keep_tails = keep_tails
         self._ref_counts = [0] * num_blocks
         # blocks whose content nobody wants, lowest number first: neighbours are cheap to read on a CPU
         self._empty = list(range(1, num_blocks))
@@ -141,7 +147,7 @@ class BlockManager:
 
     def publish_tail(self, block: int, parent: bytes, token_ids: array[int]) -> None:
         """A sequence ends with this partly filled block, which it still owns alone."""
-        if not self.prefix_caching or not token_ids:
+        if not (self.prefix_caching and self.keep_tails and token_ids):
             return
         tails = self._tails_of.setdefault(parent, {})
         if len(tails) == _MAX_TAILS:

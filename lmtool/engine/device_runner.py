@@ -61,7 +61,7 @@ class DeviceRunner:
         self.device = decoder.device
         config = decoder.config
         self._window, self._num_kv_heads = config.sliding_window, config.num_kv_heads
-        self._caches = allocate_cache(plan, config, decoder.dtype, self.device)
+        self._caches = allocate_cache(plan, config, decoder.dtype, self.device, decoder.kv_parameters)
         max_blocks = -(-plan.session_len // plan.block_size)
         self._state = DeviceState(max_batch_size, max_batch_size, max_blocks, plan.block_size, self.device)
         self._extras = LogitExtras(config.vocab_size, self.device)
@@ -127,6 +127,7 @@ class DeviceRunner:
             slots=step.slots,
             seq_lens=step.seq_lens,
             block_tables=step.tables,
+            seq_slots=rows,
             plan=kernels.plan_decode(step.seq_lens, self._num_kv_heads, self._window),
         )
         return self.decoder.forward(step.ids, context, self._caches), step.sampling
@@ -154,6 +155,7 @@ class DeviceRunner:
             slots=prompts.addresses[:num_rows],
             seq_lens=prompts.seq_lens,
             block_tables=state.tables.index_select(0, prompts.seq_slots),
+            seq_slots=prompts.seq_slots,
             cu_seqlens_q=prompts.cu_seqlens,
             max_seqlen_q=num_rows,
         )
@@ -195,6 +197,7 @@ class DeviceRunner:
             slots=addresses,
             seq_lens=seq_lens,
             block_tables=state.tables.index_select(0, seq_slots),
+            seq_slots=seq_slots,
             cu_seqlens_q=cu_seqlens,
             max_seqlen_q=rows.max_chunk,
             plan=plan,

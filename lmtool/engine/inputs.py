@@ -100,6 +100,7 @@ class SlotTables:
             slots=self._to_device(addresses(self.block_tables, self.block_size, slots, positions)),
             seq_lens=self._to_device((positions + 1).astype(np.int32)),
             block_tables=self._to_device(tables),
+            seq_slots=self._to_device(slots),
         )
         return StepInputs(self._to_device(self.last_tokens[slots]), context, None)
 
@@ -112,6 +113,7 @@ class SlotTables:
             slots=self._to_device(rows.addresses),
             seq_lens=self._to_device(rows.seq_lens),
             block_tables=self._to_device(self.block_tables[rows.seq_slots, :num_blocks]),
+            seq_slots=self._to_device(rows.seq_slots),
             cu_seqlens_q=self._to_device(rows.cu_seqlens),
             max_seqlen_q=rows.max_chunk,
         )

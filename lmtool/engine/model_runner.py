@@ -19,7 +19,7 @@ class ModelRunner:
         self.decoder = decoder
         self.plan = plan
         device = decoder.device
-        self._caches = allocate_cache(plan, decoder.config, decoder.dtype, device)
+        self._caches = allocate_cache(plan, decoder.config, decoder.dtype, device, decoder.kv_parameters)
         max_blocks = -(-plan.session_len // plan.block_size)
         self._tables = SlotTables(max_batch_size, max_blocks, plan.block_size, device)
         self._sampler = Sampler(max_batch_size, decoder.config.vocab_size, device)

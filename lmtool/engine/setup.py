@@ -24,7 +24,7 @@ from lmtool.engine.device import choose_device, choose_dtype, free_bytes, memory
 from lmtool.engine.device_runner import DeviceRunner
 from lmtool.engine.executor import LocalExecutor
 from lmtool.engine.graphs import StartProgress
-from lmtool.engine.kv_cache import BLOCK_SIZE, CachePlan, plan_cache
+from lmtool.engine.kv_cache import CachePlan, outline_plan, plan_cache
 from lmtool.engine.model_runner import ModelRunner
 from lmtool.engine.scheduler import Scheduler
 from lmtool.errors import ConfigError, MemoryShortError
@@ -90,7 +90,14 @@ def build_core(
     compiling: "Precompilation | None" = None,
 ) -> tuple[EngineCore, CachePlan]:
     """The engine around a decoder that is in memory. compiling: its kernels. Raises MemoryShortError."""
-    plan = plan_cache(config, decoder.config, decoder.dtype, decoder.device, free_bytes(decoder.device))
+    plan = plan_cache(
+        config,
+        decoder.config,
+        decoder.dtype,
+        decoder.device,
+        free_bytes(decoder.device),
+        is_static=decoder.kv_parameters is not None,
+    )
     budget = batched_tokens(config, decoder.device)
     on_gpu = decoder.device.type == "cuda"
     runner = (
@@ -98,7 +105,9 @@ def build_core(
         if on_gpu
         else ModelRunner(decoder, plan, max_batch_size=config.max_batch_size)
     )
-    blocks = BlockManager(plan.num_blocks, plan.block_size, prefix_caching=config.prefix_caching)
+    blocks = BlockManager(
+        plan.num_blocks, plan.block_size, prefix_caching=config.prefix_caching, keep_tails=plan.keeps_tails
+    )
     scheduler = Scheduler(
         blocks,
         max_batch_size=config.max_batch_size,
@@ -119,7 +128,7 @@ def compile_steps(outline: Decoder, config: EngineConfig, device: torch.device) 
     The cache's size is not known yet; no kernel is compiled for it.
     """
     session_len = config.session_len or outline.config.max_positions
-    plan = CachePlan(num_blocks=2, block_size=BLOCK_SIZE, block_bytes=0, session_len=session_len)
+    plan = outline_plan(config, session_len)
     budget = batched_tokens(config, device)
 
     def rehearse() -> None:

@@ -22,6 +22,7 @@ KV_SCHEMES: tuple[KvScheme, ...] = get_args(KvScheme)
 PAD_DIM = 32
 _HALF_MAX = 65504.0
 
+
 class QuantizedKv(NamedTuple):
     """K and V of one layer; DP is the head dim D filled up to a multiple of 32, NB the number of blocks.
 

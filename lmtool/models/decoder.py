@@ -6,14 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lmtool import kernels
 from lmtool.layers.attention import attention
 from lmtool.layers.context import AttentionContext
+from lmtool.layers.kv_store import KvStore
 from lmtool.layers.rotary import cos_sin_table
 from lmtool.layers.weights import Matrix
 from lmtool.models.config import ModelConfig
-
-KvCache = tuple[Tensor, Tensor]  # K and V of one layer, each [Hkv, NB, block_size, D]
 
 
 @dataclass(slots=True)
@@ -46,6 +44,8 @@ class Decoder:
         self.layers = list(layers)
         self.final_norm = final_norm
         self.head = head
+        # k_meta and v_meta of each layer, where the model brings a static K/V quantization
+        self.kv_parameters: Sequence[tuple[Tensor, Tensor]] | None = None
         self.cos_sin = cos_sin_table(config.rope, num_positions, embed.device)
 
     @property
@@ -57,7 +57,7 @@ class Decoder:
         return self.embed.dtype
 
     def forward(
-        self, ids: Tensor, step: AttentionContext, caches: Sequence[KvCache], wanted: Tensor | None = None
+        self, ids: Tensor, step: AttentionContext, caches: Sequence[KvStore], wanted: Tensor | None = None
     ) -> Tensor:
         """ids [T] int64 → the residual stream after the last layer [T, H]; K and V of the tokens are cached.
 
@@ -68,14 +68,13 @@ class Decoder:
         hidden = torch.nn.functional.embedding(ids, self.embed)
         cos_sin = self.cos_sin.index_select(0, step.positions)
         scale = config.head_dim**-0.5
-        for layer, (k_cache, v_cache) in zip(self.layers, caches, strict=True):
+        caches[0].begin(step)
+        for layer, cache in zip(self.layers, caches, strict=True):
             qkv = layer.qkv.norm_linear(hidden, layer.attention_norm, config.rms_norm_eps)
-            q = kernels.rope_store(
-                qkv, cos_sin, step.slots, k_cache, v_cache, layer.q_norm, layer.k_norm, config.rms_norm_eps
-            )
+            q = cache.write(qkv, cos_sin, step, layer.q_norm, layer.k_norm, config.rms_norm_eps)
             if wanted is not None and layer is self.layers[-1] and not len(wanted):
                 return hidden[:0]
-            attended = attention(q, k_cache, v_cache, step, scale, config.sliding_window)
+            attended = attention(q, cache, step, scale, config.sliding_window)
             if wanted is not None and layer is self.layers[-1]:
                 hidden, attended = hidden.index_select(0, wanted), attended.index_select(0, wanted)
             layer.o.add_linear_(hidden, attended)

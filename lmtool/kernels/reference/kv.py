@@ -100,9 +100,7 @@ def kv_attention_decode(
     fresh_first = None
     if open_blocks is not None:  # an open block is a chunk's only fresh one
         fresh_first = open_blocks - (seq_lens - 1).clamp_min(0) // KV_BLOCK
-    return kv_attention_prefill(
-        q, cache, block_tables, bounds, seq_lens, 1, scale, window, opened, fresh_first
-    )
+    return kv_attention_prefill(q, cache, block_tables, bounds, seq_lens, 1, scale, window, opened, fresh_first)
 
 
 def kv_attention_prefill(

@@ -33,7 +33,7 @@ def rotate_heads(
     k_norm: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """qkv [T, (Hq + 2·Hkv) · D] → q [T, Hq, D] and k [T, Hkv, D], normalised if asked and rotated, and v [T, Hkv, D]."""
+    """qkv [T, (Hq + 2·Hkv) · D] → q [T, Hq, D], k [T, Hkv, D], both rotated, normalised if asked, and v."""
     heads = qkv.view(qkv.shape[0], -1, head_dim)
     num_q_heads = heads.shape[1] - 2 * num_kv_heads
     q_and_k = heads[:, : num_q_heads + num_kv_heads]
