@@ -25,6 +25,7 @@ BOOLEAN_FLAGS: dict[str, str | None] = {
     "--no-ignore-eos": "--ignore-eos",
     "--search-scale": None,
     "--w-sym": None,
+    "--kv-sym": None,
     "--fresh": None,
     "--overwrite": None,
     "--dense": None,

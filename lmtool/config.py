@@ -16,7 +16,8 @@ from lmtool.errors import ConfigError, RequestError
 
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 QUANT_POLICIES = {0: "model", 8: "int8", 4: "int4"}
-KV_DTYPES = ("model", "auto", "int8", "int4", "k8v4")
+KV_DTYPES = ("model", "auto", "int8", "int4", "k8v4", "static")
+_ONE_CHOICE = ("quant_policy", "kv_dtype")  # two names of it: who gives one means both
 MODEL_FORMATS = ("hf", "awq", "gptq", "gguf", "lmtool")
 MAX_LOGPROBS = 20
 
@@ -84,8 +85,9 @@ class EngineConfig:
     cache_max_entry_count  share of the *free* device memory for the KV cache (GPU)
     cache_gb               size of the KV cache in GiB; on a CPU this is what bounds it
     quant_policy           the K/V cache: 0 as numbers, 8 int8, 4 int4 (what LMDeploy calls these)
-    kv_dtype               the same by name: 'model', 'int8', 'int4', 'k8v4' (K in 8 bits, V in 4), or 'auto': int8
-                           where a session of full length would not fit otherwise
+    kv_dtype               the same by name: 'model', 'int8', 'int4', 'k8v4' (K in 8 bits, V in 4), 'static' (int8
+                           with the parameters that `lite kv_qparams` wrote into a workspace), or 'auto': int8 where
+                           a session of full length would not fit otherwise
     prefix_caching         share the K/V blocks of equal prompt beginnings
     cuda_graphs            capture the decode step once for each batch size (GPU); off: a slower engine starts faster
     given                  names of what was passed: a workspace's engine.toml sets the others
@@ -120,6 +122,8 @@ class EngineConfig:
 
     def under(self, settings: Mapping[str, Any]) -> Self:
         """With ``settings`` for what was not given. Raises ConfigError for one that cannot be."""
+        if self.given & set(_ONE_CHOICE):
+            settings = {name: value for name, value in settings.items() if name not in _ONE_CHOICE}
         return type(self)(**{**settings, **{name: getattr(self, name) for name in self.given}})
 
     def __post_init__(self) -> None:
@@ -138,10 +142,9 @@ class EngineConfig:
         check(self.cache_gb is None or 0 < self.cache_gb < math.inf, "cache_gb", "a size in GiB above 0")
         check(self.quant_policy in QUANT_POLICIES, "quant_policy", "0 (off), 8 (int8) or 4 (int4)")
         check(self.kv_dtype in (None, *KV_DTYPES), "kv_dtype", "one of " + ", ".join(KV_DTYPES))
-        if self.kv_dtype is not None and self.quant_policy and self.kv_dtype != QUANT_POLICIES[self.quant_policy]:
-            check(
-                False, "kv_dtype", f"{QUANT_POLICIES[self.quant_policy]}, which is --quant-policy {self.quant_policy}"
-            )
+        named = QUANT_POLICIES[self.quant_policy]
+        if self.kv_dtype is not None and self.quant_policy and self.kv_dtype != named:
+            check(False, "kv_dtype", f"{named}, which is --quant-policy {self.quant_policy}, or leave one out")
 
     @property
     def kv_choice(self) -> str:

@@ -160,7 +160,6 @@ def _hidden(decoder: Decoder, windows: Tensor, chunk_tokens: int, config: Engine
         length,
         num_blocks=blocks + 1,  # block 0 is nobody's
         num_slots=1,
-        is_static=decoder.kv_parameters is not None,
     )
     device = decoder.device
     with memory_short(f"no memory for a cache of {length} tokens on {device}", "give a smaller --window-len"):

@@ -17,10 +17,14 @@ from lmtool.checkpoint.reader import INDEX, SINGLE
 SHARD_BYTES = 2 << 30
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """One safetensors file, whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        partial,
+        metadata={"format": "pt", **(metadata or {})},
+    )
     _into_place(partial, path)
 
 

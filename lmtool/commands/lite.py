@@ -7,10 +7,12 @@ import typer
 
 from lmtool.commands import options
 from lmtool.commands.lite_eval import evaluate
+from lmtool.commands.lite_kv_qparams import kv_qparams
 from lmtool.errors import ConfigError
 
 app = typer.Typer(help="Make a model smaller, and measure what it cost.", no_args_is_help=True)
 app.command("eval")(evaluate)
+app.command("kv-qparams")(kv_qparams)
 
 _CALIBRATION = "Calibration text"
 _FORMAT = "Format"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lmtool.config import EngineConfig
 from lmtool.errors import MemoryShortError
-from lmtool.kernels import KV_BLOCK, KvScheme, empty_kv, kv_block_bytes
+from lmtool.kernels import KV_BLOCK, KV_SCHEMES, KvScheme, empty_kv, kv_block_bytes
 from lmtool.layers.kv_store import DenseKv, Int4Store, KvStore, QuantizedStore
 from lmtool.models.config import ModelConfig
 
@@ -60,16 +60,13 @@ def plan_cache(
     dtype: torch.dtype,
     device: torch.device,
     free_bytes: int,
-    *,
-    is_static: bool = False,
 ) -> CachePlan:
     """How many blocks fit into ``free_bytes`` (measured after the weights are loaded).
 
-    is_static: the model brings the parameters of a 'static' cache and its policy asks for it.
     Raises MemoryShortError where not one session of the asked length fits.
     """
-    scheme = _scheme(config, is_static)
-    if config.kv_choice != "auto" or is_static:
+    scheme = _scheme(config)
+    if config.kv_choice != "auto":
         return _plan(config, model, dtype, device, free_bytes, scheme)
     try:
         plan = _plan(config, model, dtype, device, free_bytes, None)
@@ -77,7 +74,7 @@ def plan_cache(
             return plan
     except MemoryShortError:
         pass
-    _log.info("the K/V cache is int8: as numbers it does not hold a session of full length")
+    _log.warning("the K/V cache is int8: as numbers it does not hold a session of full length")
     return _plan(config, model, dtype, device, free_bytes, "int8")
 
 
@@ -90,7 +87,7 @@ def outline_plan(
     is_static: bool = False,
 ) -> CachePlan:
     """A few blocks of what ``config`` asks for, whatever is free: for who drives a decoder without an engine."""
-    scheme = _scheme(config, is_static)
+    scheme = _scheme(config)
     return CachePlan(
         num_blocks=num_blocks,
         block_size=BLOCK_SIZE,
@@ -101,10 +98,9 @@ def outline_plan(
     )
 
 
-def _scheme(config: EngineConfig, is_static: bool) -> KvScheme | None:
-    if is_static:
-        return "static"
-    return {"int8": "int8", "int4": "int4", "k8v4": "k8v4"}.get(config.kv_choice)  # type: ignore[return-value]
+def _scheme(config: EngineConfig) -> KvScheme | None:
+    choice = config.kv_choice
+    return next((scheme for scheme in KV_SCHEMES if scheme == choice), None)
 
 
 def _plan(

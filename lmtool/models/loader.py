@@ -20,6 +20,12 @@ def read_model_config(config: dict[str, Any]) -> ModelConfig:
     return result
 
 
+def last_norm(checkpoint: Checkpoint) -> torch.Tensor:
+    """float32 [H]: a model is known by it, however its matrices are stored. Raises CheckpointError."""
+    config = read_model_config(checkpoint.config)
+    return Source(checkpoint, config, names_of(checkpoint), torch.float32, torch.device("cpu")).tensor("final_norm")
+
+
 def load_decoder(
     checkpoint: Checkpoint,
     config: ModelConfig,

@@ -1,7 +1,8 @@
 """`lite calibrate`: what flows through a model on calibration text, for whoever chooses parameters from it later.
 
 Writes `calibration/` of a work dir: key_value.safetensors, per layer the K (rotated, as a cache holds it) and V of each
-head and dimension; inputs.safetensors, per layer the channels of each linear's input; about.json, of which text.
+head and dimension, and the model's last norm; inputs.safetensors, per layer the channels of each linear's input;
+about.json, of which text.
 """
 
 from collections.abc import Callable
@@ -14,11 +15,13 @@ from torch import Tensor
 
 from lmtool import kernels
 from lmtool.checkpoint.formats import open_checkpoint
+from lmtool.checkpoint.kv_parameters import LAST_NORM
 from lmtool.checkpoint.reader import read_json
 from lmtool.checkpoint.writer import write_json, write_tensors
 from lmtool.errors import CheckpointError, ConfigError
 from lmtool.layers.rotary import cos_sin_table
 from lmtool.models.block import Block
+from lmtool.models.loader import last_norm
 from lmtool.quant.groups import GROUPS
 from lmtool.quant.layers import Blocks
 from lmtool.quant.model_digest import model_digest
@@ -67,6 +70,7 @@ def calibrate(
     inputs: dict[str, Tensor] = {}
     try:
         blocks = Blocks(checkpoint, device)
+        key_value[LAST_NORM] = last_norm(checkpoint)
         table = cos_sin_table(blocks.config.rope, ids.shape[1], device)
         with torch.inference_mode(), kernels.force("reference"):
             hidden = blocks.embed(ids.to(device)).cpu()
