@@ -17,6 +17,7 @@ import torch
 from lmtool import kernels
 from lmtool.checkpoint.engine_file import under_engine_file
 from lmtool.checkpoint.formats import Checkpoint, open_checkpoint
+from lmtool.checkpoint.kv_parameters import check_last_norm, read_kv_parameters
 from lmtool.config import EngineConfig
 from lmtool.engine.block_manager import BlockManager
 from lmtool.engine.core import EngineCore
@@ -73,6 +74,7 @@ def load_engine(
             compiling = compile_steps(outline_decoder(checkpoint, model, dtype, keep_int4=keep_int4), config, device)
         with closing(compiling) if compiling else nullcontext():
             decoder = _load(checkpoint, model, config, dtype, device, keep_int4, progress)
+            _bring_kv_parameters(decoder, config, path)
             defaults = checkpoint.generation_config
             _log.info("weights loaded after %.1f s", time.perf_counter() - started)
             core, plan = build_core(decoder, config, progress, compiling)
@@ -90,14 +92,7 @@ def build_core(
     compiling: "Precompilation | None" = None,
 ) -> tuple[EngineCore, CachePlan]:
     """The engine around a decoder that is in memory. compiling: its kernels. Raises MemoryShortError."""
-    plan = plan_cache(
-        config,
-        decoder.config,
-        decoder.dtype,
-        decoder.device,
-        free_bytes(decoder.device),
-        is_static=decoder.kv_parameters is not None,
-    )
+    plan = plan_cache(config, decoder.config, decoder.dtype, decoder.device, free_bytes(decoder.device))
     budget = batched_tokens(config, decoder.device)
     on_gpu = decoder.device.type == "cuda"
     runner = (
@@ -187,6 +182,7 @@ def open_decoder(path: Path, config: EngineConfig, progress: StartProgress | Non
     try:
         model, keep_int4, dtype = _how_stored(checkpoint, config, device)
         decoder = _load(checkpoint, model, config, dtype, device, keep_int4, progress)
+        _bring_kv_parameters(decoder, config, path)
     finally:
         checkpoint.close()
     return decoder, stored_as(decoder, keep_int4)
@@ -213,6 +209,31 @@ def _keeps_int4(checkpoint: Checkpoint, config: EngineConfig, device: torch.devi
     else:
         kinds = ("int4",) if config.dtype != "float32" else ()
     return any(checkpoint.dtype(name) in kinds for name in checkpoint.names())
+
+
+def _bring_kv_parameters(decoder: Decoder, config: EngineConfig, path: Path) -> None:
+    """Of a static cache, from the workspace. Raises CheckpointError, and ConfigError for another number of ranks."""
+    if config.kv_choice != "static":
+        return
+    model = decoder.config
+    parameters = read_kv_parameters(path, model.num_layers, model.num_kv_heads, model.head_dim)
+    about = parameters.about
+    check_last_norm(path, parameters.last_norm, decoder.final_norm.cpu())
+    if about.num_tp != 1:
+        raise ConfigError(
+            f"the K/V parameters of {path} were made for {about.num_tp} ranks, this engine is one",
+            "make them again: lmtool lite kv_qparams --num-tp 1",
+        )
+    session_len = config.session_len or model.max_positions
+    if about.granularity == "channel" and session_len > about.seqlen:
+        _log.warning(
+            "K/V parameters of each channel were calibrated on %d tokens, a session holds %d: KL was 0.001 on calibrated "
+            "places and 0.026 beyond (calibrate with --calib-seqlen %d, or give a smaller --session-len)",
+            about.seqlen,
+            session_len,
+            session_len,
+        )
+    decoder.kv_parameters = parameters.metas()
 
 
 def _check_format(checkpoint: Checkpoint, config: EngineConfig) -> None:
