@@ -6,7 +6,7 @@ import torch
 
 from lmtool.config import EngineConfig, GenerationConfig
 from lmtool.engine.core import EngineCore, TokenOutput
-from lmtool.engine.kv_cache import CachePlan, allocate_cache, block_bytes
+from lmtool.engine.kv_cache import allocate_cache, block_bytes, outline_plan
 from lmtool.engine.sequence import Request
 from lmtool.engine.setup import build_core
 from lmtool.layers.context import AttentionContext
@@ -41,9 +41,12 @@ def tiny_decoder(config: ModelConfig = TINY, seed: int = 0) -> Decoder:
 def tiny_core(decoder: Decoder | None = None, *, num_blocks: int | None = None, **settings: object) -> EngineCore:
     """An engine core on the CPU; ``num_blocks`` bounds its cache."""
     decoder = decoder or tiny_decoder()
+    settings = {"max_batch_size": 8, **settings}
     if num_blocks is not None:
-        settings["cache_gb"] = num_blocks * block_bytes(decoder.config, decoder.dtype) / (1 << 30)
-    return build_core(decoder, EngineConfig(**{"max_batch_size": 8, **settings}))[0]  # type: ignore[arg-type]
+        plan = outline_plan(EngineConfig(**settings), 0)  # type: ignore[arg-type]
+        sizes = [block_bytes(decoder.config, decoder.dtype, scheme) for scheme in (plan.scheme, "int8")]
+        settings["cache_gb"] = (num_blocks * sizes[0] + plan.num_open_blocks * sizes[1]) / (1 << 30)
+    return build_core(decoder, EngineConfig(**settings))[0]  # type: ignore[arg-type]
 
 
 def request(request_id: int, prompt_ids: Sequence[int], **settings: object) -> Request:
@@ -78,12 +81,14 @@ def collect(outputs: list[TokenOutput], answers: dict[int, list[int]]) -> None:
             answers[output.request_id].append(output.token_id)
 
 
-def all_logits(decoder: Decoder, ids: Sequence[int], num_prefill: int | None = None) -> torch.Tensor:
+def all_logits(
+    decoder: Decoder, ids: Sequence[int], num_prefill: int | None = None, kv_dtype: str = "model"
+) -> torch.Tensor:
     """Logits [len(ids), V] of one sequence through a paged cache: a prefill of ``num_prefill``, then decode steps."""
     num_prefill = num_prefill or len(ids)
     num_blocks = -(-len(ids) // 64)
-    plan = CachePlan(num_blocks=num_blocks + 2, block_size=64, block_bytes=0, session_len=len(ids))
-    caches = allocate_cache(plan, decoder.config, decoder.dtype, decoder.device)
+    plan = outline_plan(EngineConfig(kv_dtype=kv_dtype), len(ids), num_blocks=num_blocks + 2, num_slots=1)
+    caches = allocate_cache(plan, decoder.config, decoder.dtype, decoder.device, decoder.kv_parameters)
     table = torch.arange(num_blocks, 0, -1)  # backwards: blocks are neighbours only by chance
     positions = torch.arange(len(ids))
     slots = table[positions // 64] * 64 + positions % 64
@@ -98,6 +103,7 @@ def all_logits(decoder: Decoder, ids: Sequence[int], num_prefill: int | None = N
                 slots=slots[first:last],
                 seq_lens=torch.tensor([last], dtype=torch.int32),
                 block_tables=table[None].int(),
+                seq_slots=torch.zeros(1, dtype=torch.int32),
                 cu_seqlens_q=torch.tensor([0, last - first], dtype=torch.int32) if chunk else None,
                 max_seqlen_q=last - first if chunk else 0,
             )
@@ -119,7 +125,11 @@ def check_greedy(answer: Sequence[int], logits: torch.Tensor, dtype: torch.dtype
 
 
 def check_equal(
-    first: dict[int, list[int]], second: dict[int, list[int]], decoder: Decoder, prompts: dict[int, Sequence[int]]
+    first: dict[int, list[int]],
+    second: dict[int, list[int]],
+    decoder: Decoder,
+    prompts: dict[int, Sequence[int]],
+    kv_dtype: str = "model",
 ) -> None:
     """Two runs of the same requests are equal by the rule of docs/design.md: at least nine steps in ten compared."""
     compared = total = 0
@@ -129,7 +139,7 @@ def check_equal(
             compared += len(answer)
             continue
         prompt = list(prompts[request_id])
-        logits = all_logits(decoder, [*prompt, *answer])[len(prompt) - 1 : -1]
+        logits = all_logits(decoder, [*prompt, *answer], kv_dtype=kv_dtype)[len(prompt) - 1 : -1]
         steps = check_greedy(answer, logits)
         assert answer[:steps] == second[request_id][:steps]
         compared += steps

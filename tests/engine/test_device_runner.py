@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from lmtool.config import EngineConfig
 from lmtool.engine.block_manager import BlockManager
 from lmtool.engine.core import EngineCore
 from lmtool.engine.device_runner import DeviceRunner
 from lmtool.engine.device_state import DeviceState
 from lmtool.engine.executor import LocalExecutor
 from lmtool.engine.graphs import bucket_sizes
-from lmtool.engine.kv_cache import BLOCK_SIZE, CachePlan
+from lmtool.engine.kv_cache import BLOCK_SIZE, outline_plan
 from lmtool.engine.prompt_rows import BUCKETS
 from lmtool.engine.scheduler import Scheduler
 from lmtool.engine.sequence import Request
@@ -76,13 +77,15 @@ class Captured(dict):  # type: ignore[type-arg]
         """It is done."""
 
 
-def device_core(decoder: Decoder, kind: type[DeviceRunner] = DeviceRunner, **settings: int) -> EngineCore:
+def device_core(
+    decoder: Decoder, kind: type[DeviceRunner] = DeviceRunner, kv_dtype: str = "model", **settings: int
+) -> EngineCore:
     """What `build_core` makes on a GPU, here on a CPU."""
     given = {"num_blocks": 60, "batch": 8, "budget": 512, "session_len": 320, "prefix": 1, "padded": 0, **settings}
-    plan = CachePlan(
-        num_blocks=given["num_blocks"], block_size=BLOCK_SIZE, block_bytes=0, session_len=given["session_len"]
-    )
-    blocks = BlockManager(plan.num_blocks, plan.block_size, prefix_caching=bool(given["prefix"]))
+    config = EngineConfig(kv_dtype=kv_dtype, max_batch_size=given["batch"])
+    plan = outline_plan(config, given["session_len"], num_blocks=given["num_blocks"])
+    prefix_caching = bool(given["prefix"])
+    blocks = BlockManager(plan.num_blocks, plan.block_size, prefix_caching=prefix_caching, keep_tails=plan.keeps_tails)
     scheduler = Scheduler(blocks, max_batch_size=given["batch"], max_batched_tokens=given["budget"], join_group=2)
     runner = kind(decoder, plan, max_batch_size=given["batch"])
     if given["padded"]:  # as if it had been captured
