@@ -7,6 +7,7 @@ import typer
 
 from lmtool.commands import options
 from lmtool.commands.bench_kernels import kernels
+from lmtool.commands.bench_kv import kv
 from lmtool.commands.bench_online import online
 from lmtool.commands.bench_options import JsonFile, Png, Seed, numbers
 from lmtool.errors import ConfigError, InputError
@@ -14,6 +15,7 @@ from lmtool.errors import ConfigError, InputError
 app = typer.Typer(help="Measure the engine, beside what this machine allows.", no_args_is_help=True)
 app.command()(kernels)
 app.command()(online)
+app.command()(kv)
 
 Model = Annotated[
     str | None,
@@ -59,6 +61,7 @@ def offline(
     quant_policy: options.QuantPolicy = None,
     kv_dtype: options.KvDtype = None,
     cache_gb: options.CacheGb = None,
+    cache_host_gb: options.CacheHostGb = None,
     cache_max_entry_count: options.CacheMaxEntryCount = None,
     json: JsonFile = None,
     png: Png = None,
@@ -89,6 +92,7 @@ def offline(
         quant_policy=quant_policy,
         kv_dtype=kv_dtype,
         cache_gb=cache_gb,
+        cache_host_gb=cache_host_gb,
         cache_max_entry_count=cache_max_entry_count,
     )
     session.run_offline(plan, engine, json_file=json, png=png)
