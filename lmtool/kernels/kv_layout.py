@@ -151,3 +151,20 @@ def halves(codes: Tensor, dim: int) -> Tensor:
 def whole(packed: Tensor, dim: int) -> Tensor:
     """The inverse of `halves`."""
     return torch.cat((packed & 0xF, packed >> 4), dim)
+
+
+def numbers(cache: QuantizedKv, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """blocks int64 [n] → their K and V as float32, each [Hkv, n, 64, D]."""
+    k, v = cache.k.index_select(1, blocks), cache.v.index_select(1, blocks)
+    k = whole(k, -1) if cache.k_bits == 4 else k
+    v = (whole(v, 2) if cache.v_bits == 4 else v).transpose(2, 3)
+    metas = []
+    for meta in (cache.k_meta, cache.v_meta):
+        of_blocks = meta.expand(-1, len(blocks), -1, -1) if cache.scheme == "static" else meta.index_select(1, blocks)
+        metas.append(of_blocks.float())
+    of_channels = (cache.scheme in ("int4", "static"), cache.scheme == "static")
+    found = []
+    for codes, meta, channels in zip((k, v), metas, of_channels, strict=True):
+        scale, low = (meta[:, :, :1], meta[:, :, 1:]) if channels else (meta[..., :1], meta[..., 1:])
+        found.append((codes.float() * scale + low)[..., : cache.head_dim])
+    return found[0], found[1]

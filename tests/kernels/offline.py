@@ -22,12 +22,16 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
+from lmtool.kernels.kv_layout import KvScheme, QuantizedKv, kv_shapes
 from lmtool.kernels.triton import (
     activation,
     attention,
+    kv,
     launch,
     linear,
     norm,
+    paged,
+    prefill,
     rotary,
     sampling,
     w4,
@@ -43,6 +47,7 @@ _TYPES = {
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.bool: "*i1",
+    torch.uint8: "*u8",
 }
 _OPTIONS = {"num_warps", "num_stages", "launch_pdl", "maxnreg"}
 
@@ -58,6 +63,8 @@ def compile_for(capability: int, function: JITFunction, args: tuple[Any, ...], k
         elif isinstance(value, Tensor):
             signature[name] = _TYPES[value.dtype]
             attributes[(i,)] = [["tt.divisibility", 16]]
+        elif value is None:
+            signature[name], constants[name] = "constexpr", None
         elif isinstance(value, TensorDescriptor):
             block = ", ".join(map(str, value.block_shape))
             signature[name] = f"tensordesc<{_TYPES[value.base.dtype][1:]}[{block}],{value.layout!r}>"
@@ -146,6 +153,37 @@ def launch_prefill(dtype: torch.dtype, heads: tuple[int, int, int], window: int 
     attention.attention_prefill(q, cache, cache, table, bounds, lengths, 512, 0.1, window)
 
 
+def quantized(scheme: KvScheme, num_kv_heads: int, head_dim: int) -> QuantizedKv:
+    shapes = kv_shapes(scheme, num_kv_heads, 1000, head_dim)
+    k, v = (meta(*shapes[name], dtype=torch.uint8) for name in ("k", "v"))
+    return QuantizedKv(k, v, meta(*shapes["k_meta"]), meta(*shapes["v_meta"]), head_dim, scheme)
+
+
+def launch_kv_write(dtype: torch.dtype, heads: tuple[int, int, int], scheme: KvScheme) -> None:
+    hq, hkv, d = heads
+    qkv, cos_sin, norm_weight = meta(4, (hq + 2 * hkv) * d, dtype=dtype), meta(4, d, dtype=torch.float32), meta(d)
+    slots = meta(4, dtype=torch.int64)
+    kv.kv_store(qkv, cos_sin, slots, quantized(scheme, hkv, d), norm_weight, norm_weight)
+
+
+def launch_kv_copy(num_kv_heads: int, head_dim: int) -> None:
+    eight, blocks = quantized("int8", num_kv_heads, head_dim), meta(4, dtype=torch.int32)
+    for target in (eight, quantized("int4", num_kv_heads, head_dim)):
+        kv.kv_copy(eight, blocks, target, blocks)
+
+
+def launch_kv_read(dtype: torch.dtype, heads: tuple[int, int, int], scheme: KvScheme, window: int = 0) -> None:
+    """The kernels for every card and type; 'int4' beside open blocks."""
+    hq, hkv, d = heads
+    lengths, table = meta(4, dtype=torch.int32), meta(4, 64, dtype=torch.int32)
+    own = (quantized("int8", hkv, d), lengths) if scheme == "int4" else (None, None)
+    cache = paged.quantized(quantized(scheme, hkv, d), *own)
+    plan = attention.plan_decode(lengths, hkv)
+    attention.launch_decode(meta(4, hq, d, dtype=dtype), cache, table, lengths, 0.1, window, plan)
+    bounds, q = meta(5, dtype=torch.int32), meta(512, hq, d, dtype=dtype)
+    prefill.launch_prefill(q, cache, table, bounds, lengths, 512, 0.1, window)
+
+
 def launch_rest(dtype: torch.dtype) -> None:
     norm.rms_norm(meta(32, 4096, dtype=dtype), meta(4096, dtype=dtype), 1e-5)
     activation.silu_mul(meta(32, 8192, dtype=dtype))
@@ -225,7 +263,7 @@ def main(capabilities: list[int]) -> None:
 
     JITFunction.run = compile_instead
     for capability in capabilities:
-        for module in (launch, linear, attention, w4):
+        for module in (launch, linear, attention, prefill, w4):
             module.arch = lambda device, capability=capability: capability
         launch_main_shapes() if capability >= launch.HOPPER else launch_each_once()
 

@@ -19,7 +19,7 @@ from lmtool import kernels
 from lmtool.engine.device_runner import DeviceRunner
 from lmtool.engine.kv_cache import BLOCK_SIZE, CachePlan
 from lmtool.errors import LmtoolError
-from lmtool.kernels.triton import attention, launch, linear, w4
+from lmtool.kernels.triton import attention, launch, linear, prefill, w4
 from lmtool.kernels.triton.activation import silu_mul
 from lmtool.kernels.triton.norm import rms_norm
 from lmtool.kernels.triton.precompile import Precompilation, collect
@@ -111,7 +111,7 @@ def main() -> None:
     loaded = sorted(card.loaded)
     refused = refusal(card, "Triton Error [CUDA]: device kernel image is invalid", 512)
     no_room = refusal(card, "Triton Error [CUDA]: out of memory", 768)
-    for module in (launch, linear, attention, w4):
+    for module in (launch, linear, attention, prefill, w4):
         module.arch = lambda device: 90  # type: ignore[attr-defined]
     torch.empty = torch.zeros  # type: ignore[assignment]  nothing is computed: what is read back must be an index
     on_cpu = keys_on("cpu")

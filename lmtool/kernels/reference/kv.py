@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from lmtool.kernels.kv_layout import KV_BLOCK, QuantizedKv, halves, quantize, to_codes, whole
+from lmtool.kernels.kv_layout import KV_BLOCK, QuantizedKv, halves, numbers, quantize, to_codes
 from lmtool.kernels.layout import DecodePlan
 from lmtool.kernels.reference.rotary import rotate_heads
 
@@ -62,23 +62,6 @@ def kv_copy(source: QuantizedKv, source_blocks: Tensor, target: QuantizedKv, tar
 
 
 # ------------------------------------------------------------------ reading
-def numbers(cache: QuantizedKv, blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """blocks int64 [n] → their K and V as float32, each [Hkv, n, 64, D]."""
-    k, v = cache.k.index_select(1, blocks), cache.v.index_select(1, blocks)
-    k = whole(k, -1) if cache.k_bits == 4 else k
-    v = (whole(v, 2) if cache.v_bits == 4 else v).transpose(2, 3)
-    metas = []
-    for meta in (cache.k_meta, cache.v_meta):
-        of_blocks = meta.expand(-1, len(blocks), -1, -1) if cache.scheme == "static" else meta.index_select(1, blocks)
-        metas.append(of_blocks.float())
-    of_channels = (cache.scheme in ("int4", "static"), cache.scheme == "static")
-    found = []
-    for codes, meta, channels in zip((k, v), metas, of_channels, strict=True):
-        scale, low = (meta[:, :, :1], meta[:, :, 1:]) if channels else (meta[..., :1], meta[..., 1:])
-        found.append((codes.float() * scale + low)[..., : cache.head_dim])
-    return found[0], found[1]
-
-
 def _tokens(cache: QuantizedKv, table: Tensor, first: int, last: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """K and V of blocks first … last - 1 of a sequence, each [1, Hkv, tokens, D]."""
     k, v = numbers(cache, table[first:last].long())

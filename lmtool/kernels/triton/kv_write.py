@@ -6,11 +6,9 @@ V is taken as two halves, dimensions d and d + DP/2, which share a byte where co
 import triton
 import triton.language as tl
 
-from lmtool.kernels.triton.kv_tiles import number
+from lmtool.kernels.triton.kv_tiles import BLOCK, number
 from lmtool.kernels.triton.launch import allow_next, wait_for_previous
 from lmtool.kernels.triton.rotary import rotated
-
-_BLOCK: tl.constexpr = tl.constexpr(64)  # tokens, as kv_layout.KV_BLOCK
 
 
 # ------------------------------------------------------------------ numbers → codes
@@ -113,12 +111,12 @@ def _store_values(
         upper_scale, upper_low = scale, low
     lower = tl.where(m_lower, _codes(lower, scale, low, BITS), 0)
     upper = tl.where(m_upper, _codes(upper, upper_scale, upper_low, BITS), 0)
-    first_byte = (row // _BLOCK) * (DP * BITS // 8 * _BLOCK) + row % _BLOCK
-    _store_halves(v_ptr, first_byte[:, None] + lower_d * _BLOCK, half * _BLOCK, lower, upper, m_half, BITS)
+    first_byte = (row // BLOCK) * (DP * BITS // 8 * BLOCK) + row % BLOCK
+    _store_halves(v_ptr, first_byte[:, None] + lower_d * BLOCK, half * BLOCK, lower, upper, m_half, BITS)
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
-def _kv_store_kernel(
+def kv_store_kernel(
     qkv_ptr,
     cos_sin_ptr,
     slots_ptr,
@@ -164,7 +162,7 @@ def _kv_store_kernel(
         slot = tl.load(slots_ptr + token).to(tl.int64)
         o_h += part % num_kv_parts * BLOCK_H
         m_h = o_h < HKV
-        row = o_h.to(tl.int64) * num_blocks * _BLOCK + slot
+        row = o_h.to(tl.int64) * num_blocks * BLOCK + slot
         if part < num_kv_parts:
             mask = m_h[:, None] & (o_d < D)[None, :]
             heads = token_ptr + (HQ + o_h)[:, None] * D
@@ -202,7 +200,7 @@ def _seal_channels(codes_ptr, scale, low, k_meta_ptr, o_t, o_d, m_d, D: tl.const
 def _seal_keys(codes_ptr, meta_ptr, k_ptr, k_meta_ptr, D: tl.constexpr, DP: tl.constexpr, BLOCK_I: tl.constexpr):
     """One block in eight bits, scaled token by token → four bits, scaled channel by channel."""
     half: tl.constexpr = DP // 2
-    o_t, o_i = tl.arange(0, _BLOCK), tl.arange(0, BLOCK_I)
+    o_t, o_i = tl.arange(0, BLOCK), tl.arange(0, BLOCK_I)
     m_half = o_i < half
     scale, low = tl.load(meta_ptr + o_t * 2)[:, None], tl.load(meta_ptr + o_t * 2 + 1)[:, None]
     lower = _seal_channels(codes_ptr, scale, low, k_meta_ptr, o_t, o_i, m_half, D, DP)
@@ -214,13 +212,13 @@ def _seal_keys(codes_ptr, meta_ptr, k_ptr, k_meta_ptr, D: tl.constexpr, DP: tl.c
 def _seal_values(codes_ptr, meta_ptr, v_ptr, v_meta_ptr, D: tl.constexpr, DP: tl.constexpr, BLOCK_I: tl.constexpr):
     """One block, dimensions below each other, in eight bits → four bits, both scaled token by token."""
     half: tl.constexpr = DP // 2
-    o_t, o_i = tl.arange(0, _BLOCK), tl.arange(0, BLOCK_I)
+    o_t, o_i = tl.arange(0, BLOCK), tl.arange(0, BLOCK_I)
     m_half = o_i < half
     m_lower, m_upper = (m_half & (o_i < D))[:, None], (m_half & (o_i + half < D))[:, None]
     scale, low = tl.load(meta_ptr + o_t * 2)[None, :], tl.load(meta_ptr + o_t * 2 + 1)[None, :]
-    o_byte = o_i[:, None] * _BLOCK + o_t[None, :]
+    o_byte = o_i[:, None] * BLOCK + o_t[None, :]
     lower = number(tl.load(codes_ptr + o_byte, mask=m_lower, other=0), scale, low, tl.float32)
-    upper = number(tl.load(codes_ptr + half * _BLOCK + o_byte, mask=m_upper, other=0), scale, low, tl.float32)
+    upper = number(tl.load(codes_ptr + half * BLOCK + o_byte, mask=m_upper, other=0), scale, low, tl.float32)
     lowest = tl.minimum(_lowest(lower, m_lower, 0), _lowest(upper, m_upper, 0))
     highest = tl.maximum(_highest(lower, m_lower, 0), _highest(upper, m_upper, 0))
     x_scale, x_low = _scale_and_low(lowest, highest, 4)
@@ -232,7 +230,7 @@ def _seal_values(codes_ptr, meta_ptr, v_ptr, v_meta_ptr, D: tl.constexpr, DP: tl
 
 
 @triton.jit(do_not_specialize=["source_num_blocks", "num_blocks"])
-def _kv_copy_kernel(
+def kv_copy_kernel(
     source_k_ptr,
     source_v_ptr,
     source_k_meta_ptr,
@@ -260,19 +258,19 @@ def _kv_copy_kernel(
         return
     source = head * source_num_blocks + tl.load(source_blocks_ptr + i)
     target = head * num_blocks + block
-    source_k_ptr += source * (_BLOCK * DP)
-    source_v_ptr += source * (_BLOCK * DP)
-    source_k_meta_ptr += source * (2 * _BLOCK)
-    source_v_meta_ptr += source * (2 * _BLOCK)
-    v_meta_ptr += target * (2 * _BLOCK)
+    source_k_ptr += source * (BLOCK * DP)
+    source_v_ptr += source * (BLOCK * DP)
+    source_k_meta_ptr += source * (2 * BLOCK)
+    source_v_meta_ptr += source * (2 * BLOCK)
+    v_meta_ptr += target * (2 * BLOCK)
     if SEAL:
-        k_ptr += target * (_BLOCK * DP // 2)
-        v_ptr += target * (_BLOCK * DP // 2)
+        k_ptr += target * (BLOCK * DP // 2)
+        v_ptr += target * (BLOCK * DP // 2)
         _seal_keys(source_k_ptr, source_k_meta_ptr, k_ptr, k_meta_ptr + target * (2 * DP), D, DP, BLOCK_I)
         _seal_values(source_v_ptr, source_v_meta_ptr, v_ptr, v_meta_ptr, D, DP, BLOCK_I)
     else:
-        _copy_codes(source_k_ptr, k_ptr + target * (_BLOCK * DP), _BLOCK * DP)
-        _copy_codes(source_v_ptr, v_ptr + target * (_BLOCK * DP), _BLOCK * DP)
-        o_meta = tl.arange(0, 2 * _BLOCK)
-        tl.store(k_meta_ptr + target * (2 * _BLOCK) + o_meta, tl.load(source_k_meta_ptr + o_meta))
+        _copy_codes(source_k_ptr, k_ptr + target * (BLOCK * DP), BLOCK * DP)
+        _copy_codes(source_v_ptr, v_ptr + target * (BLOCK * DP), BLOCK * DP)
+        o_meta = tl.arange(0, 2 * BLOCK)
+        tl.store(k_meta_ptr + target * (2 * BLOCK) + o_meta, tl.load(source_k_meta_ptr + o_meta))
         tl.store(v_meta_ptr + o_meta, tl.load(source_v_meta_ptr + o_meta))
