@@ -84,6 +84,8 @@ class EngineConfig:
                            GPU; 512 on a CPU, where a step takes long enough to be waited for by Ctrl-C
     cache_max_entry_count  share of the *free* device memory for the KV cache (GPU)
     cache_gb               size of the KV cache in GiB; on a CPU this is what bounds it
+    cache_host_gb          host memory (pinned, on a GPU) for blocks of the KV cache that the device has no room for, in
+                           GiB; they are copied back when their beginning comes again. 0: none
     quant_policy           the K/V cache: 0 as numbers, 8 int8, 4 int4 (what LMDeploy calls these)
     kv_dtype               the same by name: 'model', 'int8', 'int4', 'k8v4' (K in 8 bits, V in 4), 'static' (int8
                            with the parameters that `lite kv_qparams` wrote into a workspace), or 'auto': int8 where
@@ -101,6 +103,7 @@ class EngineConfig:
     max_batched_tokens: int | None = None
     cache_max_entry_count: float = 0.8
     cache_gb: float | None = None
+    cache_host_gb: float = 0.0
     quant_policy: int = 0
     kv_dtype: str | None = None
     prefix_caching: bool = True
@@ -140,6 +143,9 @@ class EngineConfig:
         )
         check(0 < self.cache_max_entry_count < 1, "cache_max_entry_count", "a share between 0 and 1")
         check(self.cache_gb is None or 0 < self.cache_gb < math.inf, "cache_gb", "a size in GiB above 0")
+        check(0 <= self.cache_host_gb < math.inf, "cache_host_gb", "a size in GiB, or 0: no host memory")
+        if self.cache_host_gb and not self.prefix_caching:
+            check(False, "cache_host_gb", "0, or leave prefix_caching on: without it nothing is found again")
         check(self.quant_policy in QUANT_POLICIES, "quant_policy", "0 (off), 8 (int8) or 4 (int4)")
         check(self.kv_dtype in (None, *KV_DTYPES), "kv_dtype", "one of " + ", ".join(KV_DTYPES))
         named = QUANT_POLICIES[self.quant_policy]

@@ -22,6 +22,7 @@ SETTINGS = (
     "max_batched_tokens",
     "cache_max_entry_count",
     "cache_gb",
+    "cache_host_gb",
     "prefix_caching",
     "quant_policy",
     "kv_dtype",
@@ -37,6 +38,7 @@ def engine_file_text(context: int) -> str:
 # max_batched_tokens = 8192      # token budget of one step; longer prompts are computed in chunks of it
 # cache_max_entry_count = 0.8    # share of the free GPU memory for the K/V cache
 # cache_gb = 4.0                 # size of the K/V cache in GiB instead; on a CPU this bounds it
+# cache_host_gb = 16.0           # host memory in GiB for what the K/V cache has no room for; 0: none
 # prefix_caching = true          # equal beginnings of prompts are computed once
 # quant_policy = 8               # the K/V cache in int8, 4: in int4; static int8 after `lmtool lite kv_qparams`
 """

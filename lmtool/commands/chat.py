@@ -60,6 +60,7 @@ def chat(
     quant_policy: options.QuantPolicy = None,
     kv_dtype: options.KvDtype = None,
     cache_gb: options.CacheGb = None,
+    cache_host_gb: options.CacheHostGb = None,
     cache_max_entry_count: options.CacheMaxEntryCount = None,
     chat_template: options.ChatTemplate = None,
     revision: options.Revision = None,
@@ -97,6 +98,7 @@ def chat(
         quant_policy=quant_policy,
         kv_dtype=kv_dtype,
         cache_gb=cache_gb,
+        cache_host_gb=cache_host_gb,
         cache_max_entry_count=cache_max_entry_count,
         max_batch_size=1,  # one conversation: fewer kernels to compile and one graph to capture
     )

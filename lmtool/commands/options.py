@@ -69,6 +69,13 @@ CacheGb = Annotated[
     float | None,
     typer.Option(help="Size of the KV cache in GiB; on a CPU this bounds it.", rich_help_panel=_ENGINE),
 ]
+CacheHostGb = Annotated[
+    float | None,
+    typer.Option(
+        help="Host memory in GiB for what the KV cache has no room for; it comes back sooner than it is computed again.",
+        rich_help_panel=_ENGINE,
+    ),
+]
 
 Temperature = Annotated[
     float | None, typer.Option(help="0 is greedy; higher is more varied.", rich_help_panel=_SAMPLING)

@@ -28,15 +28,35 @@ class Chunk:
 
 
 @dataclass(slots=True)
+class Load:
+    """Blocks that come back from the host, [(host block, block)]. ``number``: by which its end is reported."""
+
+    number: int
+    blocks: list[tuple[int, int]]
+
+
+@dataclass(slots=True)
+class CopiesDone:
+    """What came to an end since the last report. seconds: that the copies took, saves and loads."""
+
+    loads: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
 class Batch:
     """One step: first everything that changed, then one token for each slot of ``decodes``, then the chunks.
 
+    saves        (block, host block) whose content goes to the host; the step's kernels may overwrite the block
+    loads        blocks that come back from the host, whenever: no sequence of this step reads them
     new_blocks   (slot, index in its block table, block)
     decodes      slots whose last token (which the runner holds) is computed; position is num_tokens - 1
     positions    the position of each decode's token
     bans         (slot, token id) that must not come out of this step
     """
 
+    saves: list[tuple[int, int]] = field(default_factory=list)
+    loads: list[Load] = field(default_factory=list)
     joins: list[Join] = field(default_factory=list)
     leaves: list[int] = field(default_factory=list)
     new_blocks: list[tuple[int, int, int]] = field(default_factory=list)

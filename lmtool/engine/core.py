@@ -1,6 +1,7 @@
-"""`EngineCore.step()` = schedule → launch → read → finish. Ids only: knows neither text nor threads nor HTTP."""
+"""`EngineCore.step()` = schedule → copy → launch → read → finish. Ids only: knows neither text nor threads nor HTTP."""
 
 import logging
+import time
 from collections import deque
 from dataclasses import dataclass
 
@@ -25,13 +26,21 @@ class TokenOutput:
     error: LmtoolError | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    batch: Batch
+    pending: Pending
+    started: float
+
+
 class EngineCore:
     def __init__(self, scheduler: Scheduler, executor: Executor, *, session_len: int) -> None:
         self.scheduler = scheduler
         self.session_len = session_len
         self._executor = executor
         self._sequences: dict[int, Sequence] = {}
-        self._launched: deque[tuple[Batch, Pending]] = deque()  # and not read yet, oldest first
+        self._launched: deque[_Launched] = deque()  # and not read yet, oldest first
+        self._last_read = 0.0
 
     @property
     def has_work(self) -> bool:
@@ -57,21 +66,40 @@ class EngineCore:
         What breaks in a step ends the requests that were in it, with the error; the engine lives on.
         """
         outputs: list[TokenOutput] = []
+        if self.scheduler.blocks.host.num_blocks:
+            self.scheduler.landed(self._executor.copied(wait=False))
         batch = self.scheduler.schedule()
+        if batch.saves or batch.loads:
+            self._copy(batch)
         if batch.num_tokens:
+            started = time.perf_counter()
             try:
-                self._launched.append((batch, self._executor.launch(batch)))
+                self._launched.append(_Launched(batch, self._executor.launch(batch), started))
             except Exception as error:  # whatever a step raises must not end the others' requests
                 outputs += self._fail(batch, error)
         if self._launched and (len(self._launched) > self._executor.depth or not batch.num_tokens):
-            outputs += self._read(*self._launched.popleft())
+            outputs += self._read(self._launched.popleft())
+        elif self.scheduler.loads and not batch.num_tokens:  # there is nothing else to do
+            self.scheduler.landed(self._executor.copied(wait=True))
         return outputs
 
-    def _read(self, batch: Batch, pending: Pending) -> list[TokenOutput]:
+    def _copy(self, batch: Batch) -> None:
         try:
-            output = pending.read()
+            self._executor.copy(batch.saves, batch.loads)
+        except Exception as error:  # slower, but nobody's answer depends on it
+            _log.warning("the host tier lost %d blocks: %s", len(batch.saves) + len(batch.loads), _one_line(error))
+            self.scheduler.copies_failed(batch)
+
+    def _read(self, launched: _Launched) -> list[TokenOutput]:
+        batch = launched.batch
+        try:
+            output = launched.pending.read()
         except Exception as error:
             return self._fail(batch, error)
+        now = time.perf_counter()
+        if batch.chunks:
+            self.scheduler.swap_cost.step_took(batch.num_tokens, now - max(launched.started, self._last_read))
+        self._last_read = now
         touched = self.scheduler.finish(batch, output)
         if not output.logprobs:
             return [self._report(sequence, None) for sequence in touched if sequence is not None]

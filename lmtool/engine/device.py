@@ -13,6 +13,12 @@ from lmtool.errors import ConfigError, DeviceError, MemoryShortError
 from lmtool.kernels.cpu import multiplies_bfloat16
 from lmtool.models.config import ModelConfig
 
+# version 2 and version 1: the most, what is used
+_CGROUP = Path("/sys/fs/cgroup")
+_CGROUP_FILES = (
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
 _OLDEST_CARD = (7, 5)
 # what torch, CUDA's libraries and Triton say, each in an error of its own
 _OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -74,8 +80,23 @@ def free_bytes(device: torch.device) -> int:
             return int(torch.cuda.mem_get_info(device)[0])
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
+            return min([int(line.split()[1]) * 1024, *_container_free_bytes()])
     raise DeviceError("/proc/meminfo does not say how much memory is free", "give --cache-gb")
+
+
+def _container_free_bytes() -> list[int]:
+    """What a container's limit leaves, where there is one; files that were only read may be dropped."""
+    left = []
+    for limit, used in _CGROUP_FILES:
+        try:
+            most = (_CGROUP / limit).read_text().strip()
+            stat = dict(line.split() for line in (_CGROUP / used).with_name("memory.stat").read_text().splitlines())
+            taken = int((_CGROUP / used).read_text()) - int(stat.get("inactive_file", 0))
+        except (OSError, ValueError):
+            continue
+        if most.isdigit():
+            left.append(max(0, int(most) - taken))
+    return left
 
 
 @contextmanager

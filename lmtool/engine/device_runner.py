@@ -14,10 +14,12 @@ from torch import Tensor
 from lmtool import kernels
 from lmtool.config import GenerationConfig
 from lmtool.engine.batch import Batch, Chunk, Done, Join, StepOutput
+from lmtool.engine.block_copies import HostCopies
 from lmtool.engine.device_state import DeviceState
 from lmtool.engine.executor import Pending
 from lmtool.engine.extras import LogitExtras, RowLogprob
 from lmtool.engine.graphs import Graphs, StartProgress, bucket_sizes
+from lmtool.engine.host_memory import HostPlan
 from lmtool.engine.inputs import lay_out
 from lmtool.engine.kv_cache import CachePlan, allocate_cache
 from lmtool.engine.prompt_rows import BUCKETS, MOST_SEQUENCES, MOST_TOKENS, PromptRows
@@ -50,18 +52,27 @@ class _Launched:
         return output
 
 
-class DeviceRunner:
+class DeviceRunner(HostCopies):
     """Runs batches in the order in which they are launched."""
 
     depth = 1
 
-    def __init__(self, decoder: Decoder, plan: CachePlan, *, max_batch_size: int) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        plan: CachePlan,
+        *,
+        max_batch_size: int,
+        host: HostPlan | None = None,
+        progress: StartProgress | None = None,
+    ) -> None:
         self.decoder = decoder
         self.plan = plan
         self.device = decoder.device
         config = decoder.config
         self._window, self._num_kv_heads = config.sliding_window, config.num_kv_heads
         self._caches = allocate_cache(plan, config, decoder.dtype, self.device, decoder.kv_parameters)
+        super().__init__(self._caches, host, progress)
         max_blocks = -(-plan.session_len // plan.block_size)
         self._state = DeviceState(max_batch_size, max_batch_size, max_blocks, plan.block_size, self.device)
         self._extras = LogitExtras(config.vocab_size, self.device)

@@ -1,8 +1,9 @@
 """Where a batch is run. Today: in this process. Knows no scheduling."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
-from lmtool.engine.batch import Batch, StepOutput
+from lmtool.engine.batch import Batch, CopiesDone, Load, StepOutput
 
 
 class Pending(Protocol):
@@ -11,21 +12,25 @@ class Pending(Protocol):
     def read(self) -> StepOutput: ...
 
 
-class Executor(Protocol):
-    """depth: how many steps may be launched and unread when the next one is scheduled."""
-
-    @property
-    def depth(self) -> int: ...
-    def launch(self, batch: Batch) -> Pending: ...
-    def close(self) -> None: ...
-
-
 class Runner(Protocol):
-    """One rank: `ModelRunner` or `DeviceRunner`."""
+    """One rank: `ModelRunner` or `DeviceRunner`.
+
+    depth   how many steps may be launched and unread when the next one is scheduled
+    copy    begin what a batch has of saves and loads, before it is launched. When this raises, none of them goes on
+    copied  what came to an end of all that; wait: until the oldest load has, where one is under way
+    """
 
     @property
     def depth(self) -> int: ...
+    def copy(self, saves: Sequence[tuple[int, int]], loads: Sequence[Load]) -> None: ...
+    def copied(self, *, wait: bool) -> CopiesDone: ...
     def launch(self, batch: Batch) -> Pending: ...
+
+
+class Executor(Runner, Protocol):
+    """All ranks."""
+
+    def close(self) -> None: ...
 
 
 class LocalExecutor:
@@ -37,6 +42,14 @@ class LocalExecutor:
     @property
     def depth(self) -> int:
         return self._runner.depth if self._runner is not None else 0
+
+    def copy(self, saves: Sequence[tuple[int, int]], loads: Sequence[Load]) -> None:
+        assert self._runner is not None, "closed"
+        self._runner.copy(saves, loads)
+
+    def copied(self, *, wait: bool) -> CopiesDone:
+        assert self._runner is not None, "closed"
+        return self._runner.copied(wait=wait)
 
     def launch(self, batch: Batch) -> Pending:
         assert self._runner is not None, "closed"

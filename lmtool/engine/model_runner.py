@@ -3,6 +3,8 @@
 import torch
 
 from lmtool.engine.batch import Batch, Done, StepOutput
+from lmtool.engine.block_copies import HostCopies
+from lmtool.engine.host_memory import HostPlan
 from lmtool.engine.inputs import SlotTables
 from lmtool.engine.kv_cache import CachePlan, allocate_cache
 from lmtool.engine.sampler import Sampler
@@ -10,16 +12,17 @@ from lmtool.errors import EngineError
 from lmtool.models.decoder import Decoder
 
 
-class ModelRunner:
+class ModelRunner(HostCopies):
     """Runs one `Batch` at a time; holds the tables that a batch changes."""
 
     depth = 0
 
-    def __init__(self, decoder: Decoder, plan: CachePlan, *, max_batch_size: int) -> None:
+    def __init__(self, decoder: Decoder, plan: CachePlan, *, max_batch_size: int, host: HostPlan | None = None) -> None:
         self.decoder = decoder
         self.plan = plan
         device = decoder.device
         self._caches = allocate_cache(plan, decoder.config, decoder.dtype, device, decoder.kv_parameters)
+        super().__init__(self._caches, host)
         max_blocks = -(-plan.session_len // plan.block_size)
         self._tables = SlotTables(max_batch_size, max_blocks, plan.block_size, device)
         self._sampler = Sampler(max_batch_size, decoder.config.vocab_size, device)

@@ -17,10 +17,10 @@ from lmtool.checkpoint.formats import open_checkpoint
 from lmtool.checkpoint.hub import resolve_model
 from lmtool.config import EngineConfig, GenerationConfig
 from lmtool.engine.async_engine import AsyncEngine
+from lmtool.engine.counters import Counters
 from lmtool.engine.detokenizer import Detokenizer
 from lmtool.engine.graphs import StartProgress
 from lmtool.engine.response import Answers, Response
-from lmtool.engine.scheduler import Counters
 from lmtool.engine.sequence import Request
 from lmtool.engine.setup import LoadedEngine, load_engine
 from lmtool.errors import ConfigError, RequestError

@@ -6,25 +6,19 @@ Knows neither torch nor models nor text.
 
 Slots and blocks are handed out again as soon as they are given up, also while launched steps still use them: the
 device runs steps in their order, so whoever gets them writes after the last one who reads or writes them.
+
+A sequence whose beginning is on the host (`host_tier`) leaves the queue until it is back; then it starts next.
 """
 
 from collections import deque
 from dataclasses import dataclass, field
 
-from lmtool.engine.batch import Batch, Chunk, Join, StepOutput
+from lmtool.engine.batch import Batch, Chunk, CopiesDone, Join, StepOutput
 from lmtool.engine.block_manager import BlockManager
+from lmtool.engine.counters import Counters
+from lmtool.engine.loads import Loads
 from lmtool.engine.sequence import Sequence
-
-
-@dataclass(slots=True)
-class Counters:
-    """Totals since the engine started."""
-
-    num_steps: int = 0
-    num_preemptions: int = 0
-    num_prompt_tokens: int = 0
-    num_cached_tokens: int = 0
-    num_generated_tokens: int = 0
+from lmtool.engine.swap_cost import SwapCost
 
 
 @dataclass(slots=True)
@@ -58,13 +52,21 @@ class Scheduler:
     """
 
     def __init__(
-        self, blocks: BlockManager, *, max_batch_size: int, max_batched_tokens: int, join_group: int = 1
+        self,
+        blocks: BlockManager,
+        *,
+        max_batch_size: int,
+        max_batched_tokens: int,
+        join_group: int = 1,
+        swap_cost: SwapCost | None = None,
     ) -> None:
         self.blocks = blocks
         self.max_batched_tokens = max_batched_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.counters = Counters()
+        self.swap_cost = swap_cost or SwapCost(float("inf"), blocks.host.block_bytes)
+        self.loads = Loads(blocks, self.counters, self.swap_cost)
         self._join_group = join_group
         self._free_slots = list(range(max_batch_size - 1, -1, -1))
         self._left: list[int] = []  # slots given up since the last batch
@@ -72,20 +74,21 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.waiting or self.running or self.loads)
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 
     def abort(self, sequence: Sequence) -> None:
-        """End it at once, whatever it is doing; its blocks are free when this returns."""
+        """End it at once, whatever it is doing; its blocks are free when this returns, or their load has landed."""
         if sequence.finish_reason is None:
             sequence.finish_reason = "abort"
             self._leave(sequence, keep=True)
 
     # ------------------------------------------------------------------ schedule
     def schedule(self) -> Batch:
-        """The next step. Without tokens only when nothing waits or runs, or all of it waits for a step to be read."""
+        """The next step. Without tokens only when nothing waits or runs, or all of it waits for a step to be read or
+        for a load to land."""
         flight = _Flight(Batch())
         budget = self.max_batched_tokens
         # decodes come first by themselves: nobody starts behind a prompt that the budget has cut
@@ -94,9 +97,12 @@ class Scheduler:
                 budget -= self._continue(sequence, budget, flight)
         while budget > 0 and self._may_join(flight.batch):
             num_tokens = self._start(self.waiting[0], budget, flight)
-            if num_tokens == 0:
+            if num_tokens is None:
                 break
             budget -= num_tokens
+        flight.batch.saves = self.blocks.take_saves()
+        self.counters.host_saved_bytes += len(flight.batch.saves) * self.blocks.host.block_bytes
+        self.counters.num_host_evictions = self.blocks.host.num_evictions
         if flight.decodes or flight.chunks:
             flight.batch.leaves, self._left = self._left, []
             self._flights.append(flight)
@@ -111,14 +117,17 @@ class Scheduler:
         )
 
     def _may_join(self, batch: Batch) -> bool:
-        if not self.waiting or not self._free_slots or self.waiting[0].num_inflight_tokens:
+        num_slots = len(self._free_slots) - self.loads.num_sequences  # those that wait for a load get theirs first
+        if not self.waiting or num_slots <= 0 or self.waiting[0].num_inflight_tokens:
             return False
         enough = min(self._join_group, len(self.waiting), len(self.running) + 1)
-        return bool(batch.joins) or len(self._free_slots) >= enough
+        return bool(batch.joins) or num_slots >= enough
 
     def _continue(self, sequence: Sequence, budget: int, flight: _Flight) -> int:
         count = min(sequence.num_uncomputed_tokens, budget)
         while not self._grow(sequence, sequence.num_computed_tokens + count, flight.batch):
+            if self._reclaim():
+                continue
             victim = self.running[-1]
             self._preempt(victim, flight)
             if victim is sequence:
@@ -126,36 +135,41 @@ class Scheduler:
         self._enter(sequence, count, flight)
         return count
 
-    def _start(self, sequence: Sequence, budget: int, flight: _Flight) -> int:
-        blocks, hashes, num_cached = self.blocks.match(sequence.token_ids)
-        count = min(sequence.num_tokens - num_cached, budget)
-        needed = self.blocks.blocks_for(num_cached + count) - len(blocks)
+    def _start(self, sequence: Sequence, budget: int, flight: _Flight) -> int | None:
+        """Tokens that it computes in this step, 0: its beginning is on the way; None: there are not enough blocks."""
+        match = self.loads.find(sequence)
+        count = min(sequence.num_tokens - match.num_tokens, budget)
+        needed = self.blocks.blocks_for(match.num_tokens + count) - len(match.blocks) + len(match.on_host)
         # one block is left for each running sequence, so that starting this one does not at once preempt another
         if needed + len(self.running) > self.blocks.num_free:
-            self._return_match(sequence, blocks, hashes, num_cached)
-            return 0
+            self.blocks.release(match, sequence.token_ids)
+            return self._start(sequence, budget, flight) if self._reclaim() else None
         self.waiting.popleft()
-        sequence.slot = self._free_slots.pop()
-        self.running.append(sequence)
-        sequence.block_table, sequence.block_hashes = blocks, hashes
-        sequence.num_computed_tokens = sequence.num_finished_tokens = num_cached
-        if sequence.num_preemptions == 0:
-            sequence.num_cached_tokens = num_cached
-            self.counters.num_prompt_tokens += sequence.num_prompt_tokens
-            self.counters.num_cached_tokens += num_cached
-        answer = tuple(sequence.token_ids[sequence.num_prompt_tokens :])
-        flight.batch.joins.append(Join(sequence.slot, sequence.request, answer))
-        flight.batch.new_blocks.extend((sequence.slot, i, block) for i, block in enumerate(blocks))
-        self._grow(sequence, num_cached + count, flight.batch)
+        if not self.loads.give(sequence, match, flight.batch.loads):
+            return 0
+        self._join(sequence, flight.batch)
+        self._grow(sequence, match.num_tokens + count, flight.batch)
         self._enter(sequence, count, flight, joined=True)
         return count
 
-    def _return_match(self, sequence: Sequence, blocks: list[int], hashes: list[bytes], num_cached: int) -> None:
-        if len(blocks) > len(hashes):  # put a taken-over tail back where it can be found again
-            start = len(hashes) * self.blocks.block_size
-            parent = hashes[-1] if hashes else b""
-            self.blocks.publish_tail(blocks[-1], parent, sequence.token_ids[start:num_cached])
-        self.blocks.free(blocks)
+    def _join(self, sequence: Sequence, batch: Batch) -> None:
+        sequence.slot = self._free_slots.pop()
+        self.running.append(sequence)
+        if sequence.num_preemptions == 0:
+            sequence.num_cached_tokens = sequence.num_computed_tokens
+            self.counters.num_prompt_tokens += sequence.num_prompt_tokens
+            self.counters.num_cached_tokens += sequence.num_cached_tokens
+        answer = tuple(sequence.token_ids[sequence.num_prompt_tokens :])
+        batch.joins.append(Join(sequence.slot, sequence.request, answer))
+        batch.new_blocks.extend((sequence.slot, i, block) for i, block in enumerate(sequence.block_table))
+
+    def _reclaim(self) -> bool:
+        """The last one in the queue for whom blocks were loaded gives them back."""
+        for sequence in reversed(self.waiting):
+            if sequence.block_table:
+                self.loads.take_back(sequence)
+                return True
+        return False
 
     def _grow(self, sequence: Sequence, num_tokens: int, batch: Batch) -> bool:
         """Give the sequence blocks for ``num_tokens``; False where there are not enough."""
@@ -190,11 +204,23 @@ class Scheduler:
 
     def _preempt(self, victim: Sequence, flight: _Flight) -> None:
         assert all(part.sequence is not victim for part in flight.parts), "the youngest enters last"
-        self._leave(victim, keep=False)
+        self._leave(victim, keep=True)
         victim.num_computed_tokens = victim.num_finished_tokens = 0
         victim.num_preemptions += 1
         self.counters.num_preemptions += 1
         self.waiting.appendleft(victim)
+
+    # ------------------------------------------------------------------ copies
+    def landed(self, done: CopiesDone) -> None:
+        """Copies came to an end: whose beginning is there now is the next to start."""
+        self.counters.host_copy_s += done.seconds
+        self.waiting.extendleft(reversed(self.loads.landed(done.loads)))
+
+    def copies_failed(self, batch: Batch) -> None:
+        """None of the batch's copies was made, or not whole: what they were to bring is computed again."""
+        for _, host_block in batch.saves:
+            self.blocks.host.forget(host_block)
+        self.waiting.extendleft(reversed(self.loads.failed(batch.loads)))
 
     # ------------------------------------------------------------------ finish
     def finish(self, batch: Batch, output: StepOutput) -> list[Sequence | None]:
@@ -255,14 +281,11 @@ class Scheduler:
     def _leave(self, sequence: Sequence, *, keep: bool) -> None:
         """Out of `running` or `waiting`; slot and blocks are given up. keep: what was computed may be found again."""
         if sequence.slot < 0:
-            self.waiting.remove(sequence)
+            (self.loads if sequence in self.loads else self.waiting).remove(sequence)
+            self.loads.take_back(sequence)
             return
-        num_full = len(sequence.block_hashes)
-        if keep and len(sequence.block_table) > num_full:
-            parent = sequence.block_hashes[-1] if num_full else b""
-            rest = sequence.token_ids[num_full * self.blocks.block_size : sequence.num_finished_tokens]
-            self.blocks.publish_tail(sequence.block_table[num_full], parent, rest)
-        self.blocks.free(sequence.block_table)
+        held = sequence.token_ids[: sequence.num_finished_tokens if keep else 0]
+        self.blocks.give_back(sequence.block_table, sequence.block_hashes, held)
         sequence.block_table, sequence.block_hashes = [], []
         self.running.remove(sequence)
         self._free_slots.append(sequence.slot)

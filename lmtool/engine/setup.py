@@ -25,9 +25,12 @@ from lmtool.engine.device import choose_device, choose_dtype, free_bytes, memory
 from lmtool.engine.device_runner import DeviceRunner
 from lmtool.engine.executor import LocalExecutor
 from lmtool.engine.graphs import StartProgress
+from lmtool.engine.host_memory import HostPlan, check_host_tier, plan_host_tier, staging_bytes
+from lmtool.engine.host_tier import HostTier
 from lmtool.engine.kv_cache import CachePlan, outline_plan, plan_cache
 from lmtool.engine.model_runner import ModelRunner
 from lmtool.engine.scheduler import Scheduler
+from lmtool.engine.swap_cost import SwapCost
 from lmtool.errors import ConfigError, MemoryShortError
 from lmtool.layers.weights import W4
 from lmtool.models.config import ModelConfig
@@ -66,6 +69,7 @@ def load_engine(
     started = time.perf_counter()
     config = under_engine_file(config, path)
     device = choose_device(config.device)
+    check_host_tier(config)
     checkpoint = open_checkpoint(path)
     try:
         model, keep_int4, dtype = _how_stored(checkpoint, config, device)
@@ -92,22 +96,31 @@ def build_core(
     compiling: "Precompilation | None" = None,
 ) -> tuple[EngineCore, CachePlan]:
     """The engine around a decoder that is in memory. compiling: its kernels. Raises MemoryShortError."""
-    plan = plan_cache(config, decoder.config, decoder.dtype, decoder.device, free_bytes(decoder.device))
-    budget = batched_tokens(config, decoder.device)
-    on_gpu = decoder.device.type == "cuda"
+    device = decoder.device
+    free = free_bytes(device)
+    staging = staging_bytes(config, device, free)
+    plan = plan_cache(config, decoder.config, decoder.dtype, device, free - staging)
+    host = plan_host_tier(config, plan.block_bytes, device, staging)
+    budget = batched_tokens(config, device)
+    on_gpu = device.type == "cuda"
     runner = (
-        _device_runner(decoder, plan, config, progress, compiling)
+        _device_runner(decoder, plan, host, config, progress, compiling)
         if on_gpu
-        else ModelRunner(decoder, plan, max_batch_size=config.max_batch_size)
+        else ModelRunner(decoder, plan, max_batch_size=config.max_batch_size, host=host)
     )
     blocks = BlockManager(
-        plan.num_blocks, plan.block_size, prefix_caching=config.prefix_caching, keep_tails=plan.keeps_tails
+        plan.num_blocks,
+        plan.block_size,
+        prefix_caching=config.prefix_caching,
+        keep_tails=plan.keeps_tails,
+        host=HostTier(host.num_blocks, host.block_bytes) if host else None,
     )
     scheduler = Scheduler(
         blocks,
         max_batch_size=config.max_batch_size,
         max_batched_tokens=budget,
         join_group=max(1, config.max_batch_size // _JOIN_SHARE) if on_gpu else 1,
+        swap_cost=SwapCost(runner.load_bytes_per_s, plan.block_bytes),
     )
     return EngineCore(scheduler, LocalExecutor(runner), session_len=plan.session_len), plan
 
@@ -150,6 +163,7 @@ def compile_model(path: Path, config: EngineConfig, progress: StartProgress | No
 def _device_runner(
     decoder: Decoder,
     plan: CachePlan,
+    host: HostPlan | None,
     config: EngineConfig,
     progress: StartProgress | None,
     compiling: "Precompilation | None",
@@ -160,7 +174,7 @@ def _device_runner(
         f"no memory for a step on {decoder.device} beside a K/V cache of {plan.num_bytes / _GIB:.1f} GiB",
         f"lower {cache_flag} or --max-batch-size, in Python also max_batched_tokens",
     ):
-        runner = DeviceRunner(decoder, plan, max_batch_size=config.max_batch_size)
+        runner = DeviceRunner(decoder, plan, max_batch_size=config.max_batch_size, host=host, progress=progress)
         if compiling is not None:
             compiling.wait(partial(progress, "compiling kernels") if progress else None)
             _log.info("kernels compiled after another %.1f s", time.perf_counter() - started)

@@ -4,13 +4,16 @@ A token comes out as a hash of every token that the sequence reads back through 
 blocks, sharing, chunking or preemption changes an answer, or trips an assertion here.
 
 With a depth it is a device that is as late as can be: steps run in their order, and only when somebody reads.
+
+A load clears its blocks when its turn comes in that order, and reads the host only when it lands, which is when
+``lands`` says so or somebody waits: so neither end of it may be used by anybody else meanwhile.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from zlib import crc32
 
-from lmtool.engine.batch import Batch, StepOutput
+from lmtool.engine.batch import Batch, CopiesDone, Load, StepOutput
 
 VOCAB = 50
 
@@ -34,21 +37,69 @@ class LateStep:
 
     def read(self) -> StepOutput:
         while self.output is None:
-            earliest = self.executor.launched.popleft()
-            earliest.output = self.executor.run(earliest.batch)
+            self.executor.launched.popleft().do()
         return self.output
+
+    def do(self) -> None:
+        self.output = self.executor.run(self.batch)
+
+
+class LateCopies:
+    def __init__(self, executor: "MemoryExecutor", saves: Sequence[tuple[int, int]], loads: Sequence[Load]) -> None:
+        self.executor = executor
+        self.saves = saves
+        self.loads = loads
+
+    def do(self) -> None:
+        executor = self.executor
+        for block, host_block in self.saves:
+            assert None not in executor.memory[block], "a block was saved that is not full"
+            executor.host[host_block] = list(executor.memory[block])
+        for load in self.loads:
+            for _, block in load.blocks:
+                executor.memory[block] = [None] * executor.block_size
+        executor.loading.extend(self.loads)
 
 
 class MemoryExecutor:
-    def __init__(self, num_blocks: int, block_size: int, depth: int = 0) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        depth: int = 0,
+        num_host_blocks: int = 0,
+        lands: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.depth = depth
-        self.launched: deque[LateStep] = deque()
+        self.launched: deque[LateStep | LateCopies] = deque()
+        self.host: list[list[int | None]] = [[None] * block_size for _ in range(num_host_blocks)]
+        self.loading: deque[Load] = deque()
+        self.lands = lands
+        self.fail_next_copy = False
         self.block_size = block_size
         self.memory: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks)]
         self.tables: dict[int, dict[int, int]] = {}
         self.last: dict[int, int] = {}
         self.batches: list[Batch] = []
         self.fail_next = False
+
+    def copy(self, saves: Sequence[tuple[int, int]], loads: Sequence[Load]) -> None:
+        if self.fail_next_copy:
+            self.fail_next_copy = False
+            raise RuntimeError("no memory for the numbers of the blocks")
+        self.launched.append(LateCopies(self, saves, loads))
+
+    def copied(self, *, wait: bool) -> CopiesDone:
+        while wait and not self.loading:
+            self.launched.popleft().do()
+        done = CopiesDone()
+        while self.loading and (wait or self.lands()):
+            wait = False
+            load = self.loading.popleft()
+            for host_block, block in load.blocks:
+                self.memory[block] = list(self.host[host_block])
+            done.loads.append(load.number)
+        return done
 
     def launch(self, batch: Batch) -> LateStep:
         self.batches.append(batch)

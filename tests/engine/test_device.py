@@ -1,8 +1,11 @@
 """What cannot run the engine is said in one line, with the way out: no driver, no such card, a card too old."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from lmtool.engine import device
 from lmtool.engine.device import choose_device, choose_dtype
 from lmtool.errors import ConfigError, DeviceError, MemoryShortError
 from tests.support import TINY
@@ -66,9 +69,27 @@ def test_a_device_that_is_none(name: str) -> None:
 
 def test_bfloat16_needs_ampere(card: pytest.MonkeyPatch) -> None:
     card.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
-    device = torch.device("cuda", 0)
+    card_0 = torch.device("cuda", 0)
     with pytest.raises(
         DeviceError, match="--dtype bfloat16 needs compute capability 8.0 or newer; use --dtype float16"
     ):
-        choose_dtype("bfloat16", TINY, device)
-    assert choose_dtype("auto", TINY, device) == torch.float16
+        choose_dtype("bfloat16", TINY, card_0)
+    assert choose_dtype("auto", TINY, card_0) == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "free"),
+    [("memory.max", "memory.current", 600), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", 600)],
+)
+def test_a_container_has_no_more_memory_than_its_limit(
+    limit: str, used: str, free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "_CGROUP", tmp_path)
+    machine = device.free_bytes(torch.device("cpu"))
+    (tmp_path / limit).parent.mkdir(exist_ok=True)
+    (tmp_path / limit).write_text("1000\n")
+    (tmp_path / used).write_text("700\n")
+    (tmp_path / used).with_name("memory.stat").write_text("active_file 9\ninactive_file 300\n")
+    assert device.free_bytes(torch.device("cpu")) == free
+    (tmp_path / limit).write_text("max\n")
+    assert device.free_bytes(torch.device("cpu")) == pytest.approx(machine, rel=0.2)

@@ -1,5 +1,6 @@
 """Scheduling, sharing, preemption and abort over a cache that remembers tokens: no model in sight."""
 
+from collections.abc import Callable
 from random import Random
 
 import pytest
@@ -8,7 +9,9 @@ from hypothesis import strategies as st
 
 from lmtool.engine.block_manager import BlockManager
 from lmtool.engine.core import EngineCore
+from lmtool.engine.host_tier import HostTier
 from lmtool.engine.scheduler import Scheduler
+from lmtool.engine.swap_cost import SwapCost
 from lmtool.errors import EngineError
 from tests.engine.fakes import MemoryExecutor, expected_answer
 from tests.support import collect, request, run_all
@@ -25,14 +28,26 @@ def make_core(
     prefix_caching: bool = True,
     depth: int = 0,
     join_group: int = 1,
+    num_host: int = 0,
+    lands: Callable[[], bool] = lambda: False,
+    load_bytes_per_s: float = float("inf"),
 ) -> EngineCore:
-    blocks = BlockManager(num_blocks, BLOCK_SIZE, prefix_caching=prefix_caching)
-    scheduler = Scheduler(blocks, max_batch_size=batch, max_batched_tokens=budget, join_group=join_group)
-    return EngineCore(scheduler, MemoryExecutor(num_blocks, BLOCK_SIZE, depth), session_len=SESSION_LEN)
+    blocks = BlockManager(num_blocks, BLOCK_SIZE, prefix_caching=prefix_caching, host=HostTier(num_host, 100))
+    scheduler = Scheduler(
+        blocks,
+        max_batch_size=batch,
+        max_batched_tokens=budget,
+        join_group=join_group,
+        swap_cost=SwapCost(load_bytes_per_s, 100),
+    )
+    executor = MemoryExecutor(num_blocks, BLOCK_SIZE, depth, num_host, lands)
+    return EngineCore(scheduler, executor, session_len=SESSION_LEN)
 
 
 def check(core: EngineCore) -> None:
-    core.scheduler.blocks.check_integrity([s.block_table for s in core.scheduler.running])
+    scheduler = core.scheduler
+    queued = [s.block_table for s in (*scheduler.running, *scheduler.waiting)]
+    scheduler.blocks.check_integrity(queued + scheduler.loads.tables)
 
 
 # prompts over two letters share beginnings often
@@ -61,6 +76,10 @@ def expected_until_stop(prompt: list[int], count: int, stop_ids: list[int]) -> l
     join_group=st.integers(1, 3),
     stop_ids=stops,
     banned=late_bans,
+    num_host=st.sampled_from([0, 0, 3, 10, 40]),
+    landing=st.tuples(st.integers(0, 2**32), st.sampled_from([0.0, 0.3, 1.0])),
+    broken_copies=st.sets(st.integers(0, 60)),
+    load_bytes_per_s=st.sampled_from([0.0, float("inf")]),
 )
 @settings(max_examples=300, deadline=None)
 def test_every_answer_is_what_it_would_be_alone(
@@ -74,11 +93,24 @@ def test_every_answer_is_what_it_would_be_alone(
     join_group: int,
     stop_ids: list[int],
     banned: set[int],
+    num_host: int,
+    landing: tuple[int, float],
+    broken_copies: set[int],
+    load_bytes_per_s: float,
 ) -> None:
-    """Random arrivals, aborts, stops, budgets and caches too small for all, steps launched before others are read:
-    nothing mixes, nothing leaks."""
+    """Random arrivals, aborts, stops, budgets and caches too small for all, steps launched before others are read,
+    blocks that leave for the host and come back late or not at all: nothing mixes, nothing leaks."""
+    random = Random(landing[0])
     core = make_core(
-        num_blocks, batch=batch, budget=budget, prefix_caching=prefix_caching, depth=depth, join_group=join_group
+        num_blocks,
+        batch=batch,
+        budget=budget,
+        prefix_caching=prefix_caching,
+        depth=depth,
+        join_group=join_group,
+        num_host=num_host,
+        lands=lambda: random.random() < landing[1],
+        load_bytes_per_s=load_bytes_per_s,
     )
     answers: dict[int, list[int]] = {i: [] for i in range(len(jobs))}
     aborted = set()
@@ -92,6 +124,7 @@ def test_every_answer_is_what_it_would_be_alone(
         for i, when in aborts:
             if when == step and core.abort(i) is not None:
                 aborted.add(i)
+        core._executor.fail_next_copy = step in broken_copies  # type: ignore[attr-defined]
         if core.has_work:
             collect(core.step(), answers)
         check(core)
@@ -102,6 +135,7 @@ def test_every_answer_is_what_it_would_be_alone(
         assert answers[i] == (expected[: len(answers[i])] if i in aborted else expected)
     blocks = core.scheduler.blocks
     assert blocks.num_free == num_blocks - 1
+    assert blocks.host.num_pinned == 0
 
 
 def test_prompts_are_chunked_and_decodes_go_on_meanwhile() -> None:

@@ -1,0 +1,101 @@
+"""The host tier's bytes: how many blocks are asked for, whether the memory is there, and the pinned memory itself."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lmtool.config import EngineConfig
+from lmtool.engine.device import free_bytes
+from lmtool.engine.graphs import StartProgress
+from lmtool.errors import MemoryShortError
+
+_GIB = 1 << 30
+# torch fills pinned memory up to a power of two
+_CHUNK_BYTES = _GIB
+_MOST_SHARE = 0.9  # of the free memory: the machine needs some to live on
+_MOST_STAGING = _GIB
+_STAGING_SHARE = 1 / 32  # of the free device memory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostPlan:
+    """num_staging: blocks that the device's memory holds on their way, beside the cache."""
+
+    num_blocks: int
+    block_bytes: int
+    num_staging: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_blocks * self.block_bytes
+
+
+def check_host_tier(config: EngineConfig) -> None:
+    """Before anything is loaded. Raises MemoryShortError where the host has not so much memory."""
+    if not config.cache_host_gb:
+        return
+    free = free_bytes(torch.device("cpu"))
+    if config.cache_host_gb * _GIB > free * _MOST_SHARE:
+        raise MemoryShortError(
+            f"--cache-host-gb {config.cache_host_gb:g} asks for more than nine tenths of the {free / _GIB:.1f} GiB "
+            "of host memory that are free",
+            f"give at most {free * _MOST_SHARE / _GIB:.1f}",
+        )
+
+
+def staging_bytes(config: EngineConfig, device: torch.device, free: int) -> int:
+    """What the host tier takes of ``device``'s free memory, on a CPU with the tier itself."""
+    if not config.cache_host_gb:
+        return 0
+    if device.type == "cpu":
+        return int(config.cache_host_gb * _GIB)
+    return min(_MOST_STAGING, int(free * _STAGING_SHARE))
+
+
+def plan_host_tier(config: EngineConfig, block_bytes: int, device: torch.device, staging: int) -> HostPlan | None:
+    """None: there is none. staging: `staging_bytes`. Raises MemoryShortError where it holds not one block."""
+    if not config.cache_host_gb:
+        return None
+    check_host_tier(config)
+    num_blocks = int(config.cache_host_gb * _GIB) // block_bytes
+    if num_blocks == 0:
+        raise MemoryShortError(
+            f"--cache-host-gb {config.cache_host_gb:g} holds not one block of {block_bytes / (1 << 20):.1f} MiB",
+            "give more, or 0: no host tier",
+        )
+    num_staging = 16 if device.type == "cpu" else max(8, staging // block_bytes)
+    return HostPlan(num_blocks=num_blocks, block_bytes=block_bytes, num_staging=num_staging)
+
+
+class HostBlocks:
+    """uint8 [num_blocks, block_bytes], pinned for a GPU, in chunks of about a GiB."""
+
+    def __init__(self, plan: HostPlan, device: torch.device, progress: StartProgress | None = None) -> None:
+        """Raises MemoryShortError."""
+        self._per_chunk = per_chunk = max(1, _CHUNK_BYTES // plan.block_bytes)
+        self._chunks: list[Tensor] = []
+        pinned = device.type == "cuda"
+        for first in range(0, plan.num_blocks, per_chunk):
+            num_rows = min(per_chunk, plan.num_blocks - first)
+            try:
+                chunk = torch.empty(num_rows, plan.block_bytes, dtype=torch.uint8, pin_memory=pinned)
+            except RuntimeError as error:
+                raise MemoryShortError(
+                    f"--cache-host-gb: the host gave {len(self._chunks)} GiB of the {plan.num_bytes / _GIB:.1f}: "
+                    + str(error).splitlines()[0],
+                    "give less",
+                ) from None
+            self._chunks.append(chunk)
+            if progress is not None and pinned:
+                progress("pinning host memory", len(self._chunks), -(-plan.num_blocks // per_chunk))
+
+    def runs(self, blocks: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """``blocks`` cut where they are no neighbours: (index in ``blocks``, the rows from there on)."""
+        start = 0
+        for i in range(1, len(blocks) + 1):
+            if i == len(blocks) or blocks[i] != blocks[i - 1] + 1 or blocks[i] % self._per_chunk == 0:
+                first = blocks[start] % self._per_chunk
+                yield start, self._chunks[blocks[start] // self._per_chunk][first : first + i - start]
+                start = i
