@@ -108,6 +108,10 @@ class Pipeline:
         """As `stream_infer`, for requests that `request` made of token ids."""
         return Answers(self._engine, requests, self._detokenizer)
 
+    def session(self, system: str | None = None) -> Session:
+        """A conversation that has not begun. It needs no closing: in the cache it makes room for others."""
+        return Session([{"role": "system", "content": system}] if system is not None else [])
+
     def chat(self, prompt: str, session: Session | None = None, gen_config: GenerationConfig | None = None) -> Session:
         """One turn of a conversation; without ``session`` a new one. ``session.response`` is the answer."""
         session = session if session is not None else Session()
