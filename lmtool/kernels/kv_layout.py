@@ -107,11 +107,12 @@ def empty_kv(
     if scheme == "static":
         if parameters is None:
             raise KernelError("a static cache needs its parameters")
+        for part in parameters:
+            if part.shape not in (shapes["k_meta"], (num_heads, 1, 2, head_dim)):
+                raise KernelError(f"static parameters are {tuple(part.shape)}, this cache wants {shapes['k_meta']}")
         k_meta, v_meta = (
             _fill_up(part, padded_dim(head_dim)).to(device, torch.float16).contiguous() for part in parameters
         )
-        if k_meta.shape != shapes["k_meta"] or v_meta.shape != shapes["v_meta"]:
-            raise KernelError(f"static parameters are {tuple(k_meta.shape)}, this cache wants {shapes['k_meta']}")
     else:
         k_meta, v_meta = (
             torch.empty(shapes[name], dtype=torch.float16, device=device) for name in ("k_meta", "v_meta")
