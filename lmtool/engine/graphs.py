@@ -2,11 +2,12 @@
 
 import gc
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from lmtool.engine.garbage import no_collection
 
 StartProgress = Callable[[str, int, int], None]  # what is done, parts done, parts in all
 
@@ -18,19 +19,6 @@ def bucket_sizes(max_rows: int) -> list[int]:
     """
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 512, 32), *range(512, max_rows, 256)]
     return [size for size in sizes if size < max_rows] + [max_rows]
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """What is found to be garbage now is let go of before: destroying an old engine's graph breaks a capture."""
-    enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class Graphs:
@@ -60,7 +48,8 @@ class Graphs:
         """
         pool = torch.cuda.graph_pool_handle()
         torch.cuda.synchronize()
-        with _no_garbage_collection():
+        gc.collect()  # destroying an old engine's graph breaks a capture
+        with no_collection():
             for i, size in enumerate(reversed(self._sizes)):
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):

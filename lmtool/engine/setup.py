@@ -24,6 +24,7 @@ from lmtool.engine.core import EngineCore
 from lmtool.engine.device import choose_device, choose_dtype, free_bytes, memory_short
 from lmtool.engine.device_runner import DeviceRunner
 from lmtool.engine.executor import LocalExecutor
+from lmtool.engine.garbage import no_collection
 from lmtool.engine.graphs import StartProgress
 from lmtool.engine.host_memory import HostPlan, check_host_tier, plan_host_tier, staging_bytes
 from lmtool.engine.host_tier import HostTier
@@ -241,8 +242,8 @@ def _bring_kv_parameters(decoder: Decoder, config: EngineConfig, path: Path) -> 
     session_len = config.session_len or model.max_positions
     if about.granularity == "channel" and session_len > about.seqlen:
         _log.warning(
-            "K/V parameters of each channel were calibrated on %d tokens, a session holds %d: KL was 0.001 on calibrated "
-            "places and 0.026 beyond (calibrate with --calib-seqlen %d, or give a smaller --session-len)",
+            "K/V parameters of each channel were calibrated on %d tokens, a session holds %d: KL was 0.001 on "
+            "calibrated places and 0.026 beyond (calibrate with --calib-seqlen %d, or give a smaller --session-len)",
             about.seqlen,
             session_len,
             session_len,
@@ -300,10 +301,11 @@ def _load(
             f"--session-len {config.session_len} is longer than the model's {model.max_positions} tokens",
             f"give at most {model.max_positions}",
         )
-    with memory_short(
+    full = memory_short(
         f"the weights ({needed / _GIB:.1f} GiB) did not fit on {device} ({free / _GIB:.1f} GiB were free)",
         "close what else uses the card, or use a smaller model",
-    ):
+    )
+    with full, no_collection():
         return load_decoder(
             checkpoint,
             model,

@@ -5,6 +5,7 @@ Knows no file format: a checkpoint is its names, shapes and tensors.
 
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -248,13 +249,24 @@ class Source:
     def decoder(self, num_positions: int, progress: Progress | None = None) -> Decoder:
         """The whole model. progress: called before each layer."""
         embed, final_norm = self.tensor("embed"), self.tensor("final_norm")
-        head = self.head(embed)
-        layers = []
-        for i in range(self.config.num_layers):
-            if progress:
-                progress(i, self.config.num_layers)
-            layers.append(self.layer(i))
+        if self.device.type == "cpu":
+            layers, head = self._on_threads(embed, progress)
+        else:
+            head = self.head(embed)
+            layers = [self._told(i, progress) for i in range(self.config.num_layers)]
         return Decoder(self.config, embed, layers, final_norm, head, num_positions)
+
+    def _on_threads(self, embed: Tensor, progress: Progress | None) -> tuple[list[DecoderLayer], Matrix]:
+        """Reading, unpacking and packing are one thread's work each, and let go of Python's lock: two are enough."""
+        with ThreadPoolExecutor(2, "load") as pool:
+            head = pool.submit(self.head, embed)
+            layers = list(pool.map(lambda i: self._told(i, progress), range(self.config.num_layers)))
+            return layers, head.result()
+
+    def _told(self, i: int, progress: Progress | None) -> DecoderLayer:
+        if progress:
+            progress(i, self.config.num_layers)
+        return self.layer(i)
 
     def layer(self, i: int) -> DecoderLayer:
         return DecoderLayer(
