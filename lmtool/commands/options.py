@@ -72,7 +72,7 @@ CacheGb = Annotated[
 CacheHostGb = Annotated[
     float | None,
     typer.Option(
-        help="Host memory in GiB for what the KV cache has no room for; it comes back sooner than it is computed again.",
+        help="Host memory in GiB for what the KV cache has no room for (default: 0); it is copied back when needed.",
         rich_help_panel=_ENGINE,
     ),
 ]

@@ -38,6 +38,13 @@ class Loads:
         return len(self._awaited)
 
     @property
+    def num_missing_blocks(self) -> int:
+        """That those who wait will need to start, and one more each."""
+        return sum(
+            1 + self._blocks.blocks_for(sequence.num_tokens) - len(sequence.block_table) for sequence in self._awaited
+        )
+
+    @property
     def tables(self) -> list[list[int]]:
         """Who owns which blocks here: the loads, and the sequences that wait for them."""
         loads = [[block for _, block in load.blocks] for load in self._under_way.values()]
@@ -47,9 +54,7 @@ class Loads:
     def find(self, sequence: Sequence) -> Match:
         """What was loaded for it, or what can be found; on the host only where loading is cheaper than computing."""
         if sequence.block_table:
-            match = Match(sequence.block_table, sequence.block_hashes, num_tokens=sequence.num_computed_tokens)
-            _set_beginning(sequence, Match())
-            return match
+            return Match(sequence.block_table, sequence.block_hashes, num_tokens=sequence.num_computed_tokens)
         match = self._blocks.match(sequence.token_ids)
         if match.on_host:
             first, _ = match.on_host[0]
@@ -58,6 +63,11 @@ class Loads:
                 self._blocks.release(match, sequence.token_ids)
                 return self._blocks.match(sequence.token_ids, from_host=False)
         return match
+
+    def put_back(self, sequence: Sequence, match: Match) -> None:
+        """It cannot start now. What was loaded for it stays with it; what was only found is left to others."""
+        if not sequence.block_table:
+            self._blocks.release(match, sequence.token_ids)
 
     def give(self, sequence: Sequence, match: Match, loads: list[Load]) -> bool:
         """The sequence has this beginning. False: it is on the way, what is to be copied was added to ``loads``."""

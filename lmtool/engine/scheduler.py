@@ -141,9 +141,10 @@ class Scheduler:
         count = min(sequence.num_tokens - match.num_tokens, budget)
         needed = self.blocks.blocks_for(match.num_tokens + count) - len(match.blocks) + len(match.on_host)
         # one block is left for each running sequence, so that starting this one does not at once preempt another
-        if needed + len(self.running) > self.blocks.num_free:
-            self.blocks.release(match, sequence.token_ids)
-            return self._start(sequence, budget, flight) if self._reclaim() else None
+        if needed + len(self.running) + self.loads.num_missing_blocks > self.blocks.num_free:
+            self.loads.put_back(sequence, match)
+            may_try_again = not self.running and not self.loads and self._reclaim(but=sequence)
+            return self._start(sequence, budget, flight) if may_try_again else None
         self.waiting.popleft()
         if not self.loads.give(sequence, match, flight.batch.loads):
             return 0
@@ -163,10 +164,10 @@ class Scheduler:
         batch.joins.append(Join(sequence.slot, sequence.request, answer))
         batch.new_blocks.extend((sequence.slot, i, block) for i, block in enumerate(sequence.block_table))
 
-    def _reclaim(self) -> bool:
+    def _reclaim(self, but: Sequence | None = None) -> bool:
         """The last one in the queue for whom blocks were loaded gives them back."""
         for sequence in reversed(self.waiting):
-            if sequence.block_table:
+            if sequence.block_table and sequence is not but:
                 self.loads.take_back(sequence)
                 return True
         return False

@@ -24,9 +24,9 @@ def chunks(core: EngineCore) -> list[tuple[int, int]]:
 
 def pushed_out(**settings: object) -> EngineCore:
     """FIRST was answered, then OTHER took the whole cache: FIRST's full blocks are on the host."""
-    core = make_core(9, **{"budget": 64, "num_host": 16, **settings})  # type: ignore[arg-type]
+    core = make_core(10, **{"budget": 64, "num_host": 16, **settings})  # type: ignore[arg-type]
     run_all(core, [request(0, FIRST, max_new_tokens=1)])
-    run_all(core, [request(1, OTHER, max_new_tokens=8)])
+    run_all(core, [request(1, OTHER, max_new_tokens=12)])
     assert core.scheduler.counters.host_saved_bytes == 400
     core._executor.batches.clear()  # type: ignore[attr-defined]
     return core
@@ -86,7 +86,7 @@ def test_aborted_while_its_blocks_are_on_their_way() -> None:
         collect(core.step(), answers)
         check(core)
     assert answers[3] == expected_answer([1, 0, 1], 4)
-    assert core.scheduler.blocks.num_free == 8
+    assert core.scheduler.blocks.num_free == 9
     loaded = core.scheduler.counters.host_loaded_bytes
     run_all(core, [request(4, FIRST, max_new_tokens=2)])
     assert core.scheduler.counters.host_loaded_bytes == loaded
