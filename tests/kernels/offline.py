@@ -206,6 +206,9 @@ def launch_each_once() -> None:
     launch_rest(torch.float16)
     launch_decode(torch.float16, (32, 8, 128), 4)
     launch_prefill(torch.float16, (32, 8, 128))
+    launch_kv_write(torch.float16, (32, 8, 128), "k8v4")
+    launch_kv_copy(8, 128)
+    launch_kv_read(torch.float16, (32, 8, 128), "int4")
     w4.w4_expand(W4Tiles(meta(64, 16, 544, dtype=torch.int32), 2048, 2048), torch.float16)
     launch_w4(torch.float16, 64, 2048, 2048)
     for rows in (1, 16):
@@ -239,6 +242,15 @@ def launch_main_shapes() -> None:
     launch_decode(torch.float16, (8, 1, 256), 4)
     launch_prefill(torch.bfloat16, (32, 8, 128))
     launch_prefill(torch.float16, (8, 1, 256), window=1000)
+    launch_kv_copy(8, 128)
+    launch_kv_copy(8, 256)
+    for scheme in ("int8", "k8v4", "static"):
+        launch_kv_write(torch.bfloat16, (32, 8, 128), scheme)
+        launch_kv_read(torch.bfloat16, (32, 8, 128), scheme)
+    launch_kv_read(torch.float16, (32, 8, 128), "int4")
+    launch_kv_read(torch.float16, (32, 32, 80), "int4", window=1000)
+    launch_kv_read(torch.float16, (8, 1, 256), "int8")
+    launch_kv_read(torch.float32, (32, 8, 128), "int8")
 
 
 def main(capabilities: list[int]) -> None:
@@ -247,6 +259,7 @@ def main(capabilities: list[int]) -> None:
         cubin = compiled.asm["cubin"]
         found = {"kernel": self.fn.__name__, "capability": capability, **resources(cubin)}
         found["shared"] = compiled.metadata.shared  # bytes; what is in the file leaves out what is asked for at launch
+        found["scheme"] = kwargs.get("SCHEME", "dense")
         if self is attention._decode_kernel and capability >= launch.HOPPER:
             found |= {name: kwargs[name] for name in ("D", "BLOCK_T", "num_warps")}
             found["loop"] = len(product_loop(cubin))

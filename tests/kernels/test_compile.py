@@ -20,6 +20,8 @@ KERNELS = {
     "_silu_mul_kernel",
     "_tile_kernel",
     "few_rows_kernel",
+    "kv_copy_kernel",
+    "kv_store_kernel",
     "sort_x_kernel",
     "wide_hopper_kernel",
     "wide_kernel",

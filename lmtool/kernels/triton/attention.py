@@ -126,7 +126,7 @@ def _decode_kernel(
         block = tl.load(block_tables_ptr + sequence * table_width + t // BLOCK_SIZE).to(tl.int64)
         slot = head_start + block * BLOCK_SIZE + t % BLOCK_SIZE
         m_t = t + o_t < closed
-        k, v = load_tile(stored, head, slot, o_t, m_t, o_d, D, SCHEME, True, q.dtype)
+        k, v = load_tile(stored, head, slot, o_t, m_t, o_d, D, SCHEME, True, q.dtype, ROW_POINTERS=True)
         seen = (m_t & (t + o_t >= oldest))[None, :]
         acc, top, total = attend(q, k, v, seen, acc, top, total, scale_log2, MASKED=True)
     if own_k_ptr is not None:
@@ -189,7 +189,10 @@ def launch_decode(
     partial = torch.empty((num_items, num_q_heads, head_dim), dtype=torch.float32, device=q.device)
     tops = torch.empty((num_items, num_q_heads), dtype=torch.float32, device=q.device)
     group = num_q_heads // cache.num_heads
-    config = tuning.decode_config(arch(q.device), batch_size, head_dim, q.dtype.itemsize)
+    if cache.scheme == "dense":
+        config = tuning.decode_config(arch(q.device), batch_size, head_dim, q.dtype.itemsize)
+    else:
+        config = tuning.kv_decode_config(arch(q.device), head_dim, q.dtype.itemsize)
     _decode_kernel[(num_items, cache.num_heads)](
         q,
         *cache[:4],
@@ -214,7 +217,7 @@ def launch_decode(
         BLOCK_T=min(cache.block_size, config.block_t),
         BLOCK_D=triton.next_power_of_2(head_dim),
         STAGES=config.num_stages,
-        PREFETCH=config.prefetch and cache.scheme == "dense",
+        PREFETCH=config.prefetch,
         num_warps=config.num_warps,
         **dependent_launch(q.device),
     )

@@ -58,19 +58,26 @@ def load_tile(
     SCHEME: tl.constexpr,
     MASKED: tl.constexpr,
     dtype: tl.constexpr,
+    ROW_POINTERS: tl.constexpr = False,
 ):
     """Tokens slot + o_t of one block → k, v [BLOCK_T, BLOCK_D] in ``dtype``.
 
     stored: pointers to K, V and, if they are codes, what belongs to them; ``slot`` counts all heads' tokens. m_t: which
     tokens there are, where MASKED, else all; numbers of others are finite, as are those of dimensions from D on.
+    ROW_POINTERS, where dense: another order of the same sum, which costs fewer instructions and more registers.
     """
     mask = (o_d < D)[None, :]
     if MASKED:
         mask = m_t[:, None] & mask
     o_row = (slot + o_t)[:, None]
     if SCHEME == "dense":
-        k = tl.load(stored[0] + o_row * D + o_d[None, :], mask=mask, other=0.0).to(dtype)
-        v = tl.load(stored[1] + o_row * D + o_d[None, :], mask=mask, other=0.0).to(dtype)
+        if ROW_POINTERS:
+            k_ptrs, v_ptrs = stored[0] + o_row * D + o_d[None, :], stored[1] + o_row * D + o_d[None, :]
+        else:
+            o_kv = o_row * D + o_d[None, :]
+            k_ptrs, v_ptrs = stored[0] + o_kv, stored[1] + o_kv
+        k = tl.load(k_ptrs, mask=mask, other=0.0).to(dtype)
+        v = tl.load(v_ptrs, mask=mask, other=0.0).to(dtype)
     else:
         DP: tl.constexpr = (D + 31) // 32 * 32
         K_BITS: tl.constexpr = 4 if SCHEME == "int4" else 8

@@ -149,7 +149,11 @@ def launch_prefill(
     if num_tokens == 0:
         return out
     group = num_q_heads // cache.num_heads
-    config = tuning.prefill_config(arch(q.device), max_seqlen_q * group, head_dim, q.dtype.itemsize)
+    told = (arch(q.device), max_seqlen_q * group, head_dim, q.dtype.itemsize)
+    if cache.scheme == "dense":
+        config = tuning.prefill_config(*told)
+    else:
+        config = tuning.kv_prefill_config(*told, of_channels=cache.scheme in ("int4", "static"))
     block_r = max(config.block_r, triton.next_power_of_2(group))
     queries_per_program = block_r // group
     grid = (triton.cdiv(max_seqlen_q, queries_per_program), cache.num_heads, seq_lens.shape[0])

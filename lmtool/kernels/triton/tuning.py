@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from lmtool.kernels.triton import tables
 
-_HOPPER = 90
+_AMPERE, _HOPPER = 80, 90
 _LIBRARY_ABOVE = 32  # rows, for shapes that were not measured: at 64 the library is the faster one almost everywhere
 
 
@@ -269,6 +269,29 @@ def prefill_config(capability: int, num_rows: int, head_dim: int, itemsize: int)
     if num_rows >= 16384:
         return AttentionConfig(128, 64, 4, 2)
     return AttentionConfig(block_r, 64, 4, 3)
+
+
+def kv_decode_config(capability: int, head_dim: int, itemsize: int) -> AttentionConfig:
+    """Over a quantized cache; that of float16 and bfloat16 from 8.0 on has a kernel of its own."""
+    if capability < _AMPERE or itemsize == 4:  # no tensor cores: more threads, each with fewer numbers
+        return AttentionConfig(16, 16, 8, 1)
+    return AttentionConfig(16, 32 if head_dim > 128 else 64, 8 if head_dim > 128 else 4, 1)
+
+
+def kv_prefill_config(
+    capability: int, num_rows: int, head_dim: int, itemsize: int, *, of_channels: bool
+) -> AttentionConfig:
+    """Over a quantized cache. ``of_channels``: K's scales are those of channels, which want registers."""
+    if capability < _AMPERE or itemsize == 4:
+        return AttentionConfig(16, 16, 8, 1)
+    block_r = min(64, max(16, _power_of_two(num_rows)))
+    if capability < _HOPPER:
+        return AttentionConfig(min(block_r, 32), 32, 8, 1)
+    if head_dim > 128:
+        return AttentionConfig(min(block_r, 32), 32, 8, 1)
+    if num_rows >= 4096 and not of_channels:
+        return AttentionConfig(128, 64, 8, 2)  # what is expanded serves twice as many queries
+    return AttentionConfig(block_r, 64, 8 if of_channels else 4, 2)
 
 
 def _keys_of_16_kb(head_bytes: int) -> int:
