@@ -250,9 +250,10 @@ def main() -> None:
     beside_decoding(core, talk.turns[2][:4], talk.turns[2][20 % count])
 
     core.scheduler.swap_cost._load_s = float("inf")  # never cheaper: what left is computed again
-    some = talk.turns[1][: min(8, count // 4)]
-    answers, firsts, _ = one_by_one(core, some)
+    first = count // 8  # these have long left the device
+    answers, firsts, _ = one_by_one(core, talk.turns[1][first : 2 * first])
     print(f"computed again: first token {ms(firsts)}", flush=True)
+    equal("    computed again beside resident", resident_answers[1][first : 2 * first], answers)
     ratio = statistics.median(returning) / statistics.median(firsts)
     print(
         f"{'first bar' if ratio <= BAR else 'MISSED'}: a returning turn's first token after {ratio:.3f} of"

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lmtool import kernels
 from lmtool.engine.batch import CopiesDone, Load
 from lmtool.engine.graphs import StartProgress
 from lmtool.engine.host_memory import HostBlocks, HostPlan
@@ -35,28 +36,17 @@ class Staging:
     def __init__(self, num_rows: int, tensors: Sequence[Tensor], block_bytes: int) -> None:
         """tensors: everything that blocks hold, each [Hkv, NB, …]."""
         self.device = tensors[0].device
-        self.rows = torch.empty(num_rows, block_bytes, dtype=torch.uint8, device=self.device)
-        words = self.rows.view(torch.int64)
-        self._parts: list[tuple[Tensor, Tensor]] = []  # of the cache [Hkv, NB, n], of the rows [Hkv, num_rows, n]
-        start = 0
-        for tensor in tensors:
-            stored = tensor.flatten(2).view(torch.int64)
-            heads, _, length = stored.shape
-            part = words[:, start : start + heads * length].unflatten(1, (heads, length)).transpose(0, 1)
-            self._parts.append((stored, part))
-            start += heads * length
-        assert start * 8 == block_bytes, "the plan's bytes are those of the tensors"
+        self._pieces = kernels.block_pieces(tensors)
+        assert self._pieces.row_words * 8 == block_bytes, "the plan's bytes are those of the tensors"
+        self._words = torch.empty(num_rows, self._pieces.row_words, dtype=torch.int64, device=self.device)
+        self.rows = self._words.view(torch.uint8)
 
     def gather(self, blocks: Sequence[int], first: int) -> None:
         """Blocks → rows from ``first`` on, in the current stream."""
-        numbers = self._numbers(blocks)
-        for stored, part in self._parts:
-            torch.index_select(stored, 1, numbers, out=part[:, first : first + len(blocks)])
+        kernels.gather_blocks(self._pieces, self._numbers(blocks), self._words[first : first + len(blocks)])
 
     def scatter(self, blocks: Sequence[int], first: int) -> None:
-        numbers = self._numbers(blocks)
-        for stored, part in self._parts:
-            stored.index_copy_(1, numbers, part[:, first : first + len(blocks)])
+        kernels.scatter_blocks(self._pieces, self._numbers(blocks), self._words[first : first + len(blocks)])
 
     def _numbers(self, blocks: Sequence[int]) -> Tensor:
         return upload([np.asarray(blocks, dtype=np.int64)], self.device)[0]

@@ -11,12 +11,14 @@ Block 0 belongs to no sequence: padded rows read and write it.
 import torch
 from torch import Tensor
 
+from lmtool.kernels.block_pieces import BlockPieces, block_pieces
 from lmtool.kernels.dispatch import compile_ahead, force, implementation, is_capturable
 from lmtool.kernels.kv_layout import KV_BLOCK, KV_SCHEMES, KvScheme, QuantizedKv, empty_kv, kv_block_bytes
 from lmtool.kernels.layout import DecodePlan, StepRows
 from lmtool.kernels.w4_layout import W4_LARGEST_GROUP, W4Tiles, empty_w4, pack_w4, unpack_w4
 
 __all__ = [
+    "BlockPieces",
     "DecodePlan",
     "KV_BLOCK",
     "KV_SCHEMES",
@@ -30,10 +32,12 @@ __all__ = [
     "advance_",
     "attention_decode",
     "attention_prefill",
+    "block_pieces",
     "compile_ahead",
     "empty_kv",
     "empty_w4",
     "force",
+    "gather_blocks",
     "implementation",
     "is_capturable",
     "kv_attention_decode",
@@ -52,6 +56,7 @@ __all__ = [
     "rms_norm",
     "rope_store",
     "sample",
+    "scatter_blocks",
     "silu_mul",
     "step_rows",
     "unpack_w4",
@@ -311,3 +316,13 @@ def advance_(rows: Tensor, ids: Tensor, logits: Tensor, longs: Tensor) -> None:
     its slot goes on with token 0, so that whatever comes after is at least in the vocabulary.
     """
     implementation("step", rows.device).advance_(rows, ids, logits, longs)
+
+
+def gather_blocks(pieces: BlockPieces, blocks: Tensor, rows: Tensor) -> None:
+    """Whole blocks [n] int64 of a cache → rows [n, row_words] int64, a block in one piece each."""
+    implementation("blocks", rows.device).gather_blocks(pieces, blocks, rows)
+
+
+def scatter_blocks(pieces: BlockPieces, blocks: Tensor, rows: Tensor) -> None:
+    """The inverse of `gather_blocks`: rows [n, row_words] → the blocks [n] of the cache."""
+    implementation("blocks", rows.device).scatter_blocks(pieces, blocks, rows)
