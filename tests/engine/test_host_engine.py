@@ -2,12 +2,14 @@
 and every answer is what it is when everything stays. A tiny random model."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from random import Random
 
 import pytest
 import torch
 
-from lmtool.config import EngineConfig
+from lmtool.checkpoint.hub import resolve_model
+from lmtool.config import EngineConfig, GenerationConfig
 from lmtool.engine.block_manager import BlockManager
 from lmtool.engine.core import EngineCore
 from lmtool.engine.device_runner import DeviceRunner
@@ -15,11 +17,13 @@ from lmtool.engine.executor import LocalExecutor
 from lmtool.engine.host_memory import HostPlan, check_host_tier
 from lmtool.engine.host_tier import HostTier
 from lmtool.engine.kv_cache import BLOCK_SIZE, CachePlan, block_bytes
+from lmtool.engine.pipeline import Pipeline
 from lmtool.engine.scheduler import Scheduler
 from lmtool.engine.sequence import Request
-from lmtool.engine.setup import load_engine
+from lmtool.engine.setup import LoadedEngine, load_engine
 from lmtool.errors import ConfigError, MemoryShortError
 from lmtool.models.decoder import Decoder
+from lmtool.tokenizer import load_tokenizer
 from tests.support import TINY, check_equal, collect, request, run_all, tiny_core, tiny_decoder
 
 NUM_CONVERSATIONS = 10
@@ -109,7 +113,7 @@ def test_a_host_tier_that_is_too_small_forgets_the_oldest(decoder: Decoder, resi
     assert core.scheduler.counters.num_host_evictions > 0
 
 
-def test_a_conversation_of_the_pipeline_that_was_pushed_out(decoder: Decoder) -> None:
+def test_a_conversation_that_was_pushed_out_between_its_turns(decoder: Decoder) -> None:
     """One conversation with long pauses, in which others take the whole cache."""
     kept = tiny_core(decoder, num_blocks=60, session_len=320)
     pushed = small_core(decoder)
@@ -131,6 +135,42 @@ def test_a_conversation_of_the_pipeline_that_was_pushed_out(decoder: Decoder) ->
         run_all(pushed, others)
         turn += answers["kept"][number] + [number, 3]
     check_equal(answers["kept"], answers["pushed"], decoder, prompts)
+
+
+def tiny_pipeline(**settings: object) -> Pipeline:
+    """Random weights behind a real tokenizer."""
+    tokenizer = load_tokenizer(resolve_model("smollm2-135m"))
+    decoder = tiny_decoder(replace(TINY, vocab_size=49152))
+    core = tiny_core(decoder, session_len=384, **settings)  # type: ignore[arg-type]
+    plan = core._executor._runner.plan  # type: ignore[attr-defined]
+    loaded = LoadedEngine(core, decoder.config, plan, decoder.device, "float32", {}, 0.0)
+    return Pipeline("tiny", loaded, tokenizer)
+
+
+@pytest.mark.parametrize("host_gb", [HOST_GB, 0.0], ids=["from the host", "computed again"])
+def test_a_session_goes_on_after_others_took_the_whole_cache(host_gb: float) -> None:
+    """From the host where there is one; else it is computed again. Either way nobody notices."""
+    brief = GenerationConfig(temperature=0, max_new_tokens=16, ignore_eos=True)
+    with tiny_pipeline(num_blocks=100) as kept, tiny_pipeline(num_blocks=9, cache_host_gb=host_gb) as small:
+        sessions = {pipe: pipe.session() for pipe in (kept, small)}
+        answers: dict[str, dict[int, list[int]]] = {"kept": {}, "small": {}}
+        prompts = {}
+        for turn in range(3):
+            said = f"turn {turn}:" + " the cat sat on the mat" * 8
+            prompts[turn] = kept.tokenizer.chat_ids([*sessions[kept].messages, {"role": "user", "content": said}])
+            for pipe, session in sessions.items():
+                pipe.chat(said, session, brief)
+                assert session.response is not None
+                answers["kept" if pipe is kept else "small"][turn] = session.response.token_ids
+            if turn:
+                cached = [session.response.num_cached_tokens for session in sessions.values() if session.response]
+                assert cached[0] > BLOCK_SIZE
+                assert cached[1] >= BLOCK_SIZE if host_gb else cached[1] == 0
+            sessions[small].messages = list(sessions[kept].messages)  # were there a near tie, they would part
+            small([f"{turn} {other}" + " and a dog ran" * 60 for other in range(3)], brief)  # takes the whole cache
+        assert (small.counters.num_host_hit_blocks >= 2) == (host_gb > 0)
+        decoder = kept.loaded.core._executor._runner.decoder  # type: ignore[attr-defined]
+        check_equal(answers["kept"], answers["small"], decoder, prompts)
 
 
 @pytest.mark.parametrize("scheme", ["int8", "k8v4", "int4"])
