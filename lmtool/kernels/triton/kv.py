@@ -13,6 +13,10 @@ from lmtool.kernels.triton.launch import dependent_launch
 from lmtool.kernels.triton.paged import quantized
 from lmtool.kernels.triton.prefill import launch_prefill
 
+_COPIES_AT_ONCE = (
+    528  # K and V of a head each: four programs of eight warps for each multiprocessor of the largest card
+)
+
 
 def kv_store(
     qkv: Tensor,
@@ -72,18 +76,21 @@ def kv_copy(source: QuantizedKv, source_blocks: Tensor, target: QuantizedKv, tar
     if num_copies == 0:
         return
     dim = source.padded_dim
-    kv_copy_kernel[(num_copies, source.num_heads)](
+    # in a decode step few blocks are wanted: a program looks at several rather than many at one each
+    at_once = min(num_copies, triton.cdiv(_COPIES_AT_ONCE, source.num_heads))
+    kv_copy_kernel[(at_once, source.num_heads, 2)](
         *source[:4],
         source_blocks,
         *target[:4],
         target_blocks,
         source.num_blocks,
         target.num_blocks,
+        num_copies,
         D=source.head_dim,
         DP=dim,
         SEAL=target.scheme == "int4",
         BLOCK_I=triton.next_power_of_2(dim) // 2,
-        num_warps=8 if dim > 128 else 4,
+        num_warps=4 if dim <= 128 else 8,
         **dependent_launch(target_blocks.device),
     )
 

@@ -33,9 +33,9 @@ def _scale_and_low(lowest, highest, BITS: tl.constexpr):
 
 @triton.jit
 def _codes(x, scale, low, BITS: tl.constexpr):
-    """The nearest codes of x float32, as int32; scale and low float16 in a shape that goes with x."""
+    """The nearest codes of x float32, as int32; scale and low float16, of x's shape or with ones in it."""
     step = tl.where(scale > 0.0, scale.to(tl.float32), 1.0)
-    places = tl.div_rn(x - low.to(tl.float32), tl.broadcast_to(step, x.shape))
+    places = (x - low.to(tl.float32)) * (1.0 / step)  # not divided: what lies between two codes may go to either
     places = tl.minimum(tl.maximum(places, 0.0), ((1 << BITS) - 1) * 1.0)
     # beside 2^23 a float32 has no room for a fraction: it is rounded, halves to the even code, as torch rounds them
     return (places + 8388608.0).to(tl.int32, bitcast=True) & ((1 << BITS) - 1)
@@ -176,11 +176,12 @@ def kv_store_kernel(
 
 # ------------------------------------------------------------------ whole blocks
 @triton.jit
-def _copy_codes(source_ptr, target_ptr, BYTES: tl.constexpr):
-    """A block's codes, a multiple of 2048 bytes."""
-    o_byte = tl.arange(0, 2048)
-    for i in tl.static_range(0, BYTES, 2048):
-        tl.store(target_ptr + i + o_byte, tl.load(source_ptr + i + o_byte))
+def _copy_block(codes_ptr, meta_ptr, to_ptr, to_meta_ptr, DP: tl.constexpr):
+    """K or V of a head in eight bits, as it is."""
+    o_byte, o_meta = tl.arange(0, 2048), tl.arange(0, 2 * BLOCK)
+    for i in tl.static_range(0, BLOCK * DP, 2048):
+        tl.store(to_ptr + i + o_byte, tl.load(codes_ptr + i + o_byte))
+    tl.store(to_meta_ptr + o_meta, tl.load(meta_ptr + o_meta))
 
 
 @triton.jit
@@ -229,7 +230,7 @@ def _seal_values(codes_ptr, meta_ptr, v_ptr, v_meta_ptr, D: tl.constexpr, DP: tl
     _store_halves(v_ptr, o_byte, 0, lower, upper, m_half[:, None], 4)
 
 
-@triton.jit(do_not_specialize=["source_num_blocks", "num_blocks"])
+@triton.jit(do_not_specialize=["source_num_blocks", "num_blocks", "num_copies"])
 def kv_copy_kernel(
     source_k_ptr,
     source_v_ptr,
@@ -243,34 +244,36 @@ def kv_copy_kernel(
     blocks_ptr,
     source_num_blocks,
     num_blocks,
+    num_copies,
     D: tl.constexpr,
     DP: tl.constexpr,
     SEAL: tl.constexpr,
     BLOCK_I: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (i, h): head h of the i-th block. SEAL: eight bits become four."""
+    """Program (i, h, x): head h of every n-th block from the i-th on, K or V. SEAL: eight bits become four."""
     allow_next(PDL)
     wait_for_previous(PDL)
-    i, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    block = tl.load(blocks_ptr + i)
-    if block <= 0:
-        return
-    source = head * source_num_blocks + tl.load(source_blocks_ptr + i)
-    target = head * num_blocks + block
-    source_k_ptr += source * (BLOCK * DP)
-    source_v_ptr += source * (BLOCK * DP)
-    source_k_meta_ptr += source * (2 * BLOCK)
-    source_v_meta_ptr += source * (2 * BLOCK)
-    v_meta_ptr += target * (2 * BLOCK)
-    if SEAL:
-        k_ptr += target * (BLOCK * DP // 2)
-        v_ptr += target * (BLOCK * DP // 2)
-        _seal_keys(source_k_ptr, source_k_meta_ptr, k_ptr, k_meta_ptr + target * (2 * DP), D, DP, BLOCK_I)
-        _seal_values(source_v_ptr, source_v_meta_ptr, v_ptr, v_meta_ptr, D, DP, BLOCK_I)
-    else:
-        _copy_codes(source_k_ptr, k_ptr + target * (BLOCK * DP), BLOCK * DP)
-        _copy_codes(source_v_ptr, v_ptr + target * (BLOCK * DP), BLOCK * DP)
-        o_meta = tl.arange(0, 2 * BLOCK)
-        tl.store(k_meta_ptr + target * (2 * BLOCK) + o_meta, tl.load(source_k_meta_ptr + o_meta))
-        tl.store(v_meta_ptr + o_meta, tl.load(source_v_meta_ptr + o_meta))
+    head, is_value = tl.program_id(1).to(tl.int64), tl.program_id(2) == 1
+    for i in range(tl.program_id(0), num_copies, tl.num_programs(0)):
+        block = tl.load(blocks_ptr + i)
+        if block > 0:
+            source = head * source_num_blocks + tl.load(source_blocks_ptr + i)
+            target = head * num_blocks + block
+            o_codes, o_meta = source * (BLOCK * DP), source * (2 * BLOCK)
+            if is_value:
+                codes_ptr, meta_ptr = source_v_ptr + o_codes, source_v_meta_ptr + o_meta
+                to_meta_ptr = v_meta_ptr + target * (2 * BLOCK)
+                if SEAL:
+                    to_ptr = v_ptr + target * (BLOCK * DP // 2)
+                    _seal_values(codes_ptr, meta_ptr, to_ptr, to_meta_ptr, D, DP, BLOCK_I)
+                else:
+                    _copy_block(codes_ptr, meta_ptr, v_ptr + target * (BLOCK * DP), to_meta_ptr, DP)
+            else:
+                codes_ptr, meta_ptr = source_k_ptr + o_codes, source_k_meta_ptr + o_meta
+                if SEAL:
+                    to_ptr, to_meta_ptr = k_ptr + target * (BLOCK * DP // 2), k_meta_ptr + target * (2 * DP)
+                    _seal_keys(codes_ptr, meta_ptr, to_ptr, to_meta_ptr, D, DP, BLOCK_I)
+                else:
+                    to_ptr, to_meta_ptr = k_ptr + target * (BLOCK * DP), k_meta_ptr + target * (2 * BLOCK)
+                    _copy_block(codes_ptr, meta_ptr, to_ptr, to_meta_ptr, DP)

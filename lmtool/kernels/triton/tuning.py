@@ -281,7 +281,7 @@ def kv_decode_config(capability: int, head_dim: int, itemsize: int) -> Attention
 def kv_prefill_config(
     capability: int, num_rows: int, head_dim: int, itemsize: int, *, of_channels: bool
 ) -> AttentionConfig:
-    """Over a quantized cache. ``of_channels``: K's scales are those of channels, which want registers."""
+    """Over a quantized cache. ``of_channels``: K's scales are channels', which want registers."""
     if capability < _AMPERE or itemsize == 4:
         return AttentionConfig(16, 16, 8, 1)
     block_r = min(64, max(16, _power_of_two(num_rows)))
@@ -289,8 +289,8 @@ def kv_prefill_config(
         return AttentionConfig(min(block_r, 32), 32, 8, 1)
     if head_dim > 128:
         return AttentionConfig(min(block_r, 32), 32, 8, 1)
-    if num_rows >= 4096 and not of_channels:
-        return AttentionConfig(128, 64, 8, 2)  # what is expanded serves twice as many queries
+    if num_rows >= 1024:  # what is expanded serves twice as many queries
+        return AttentionConfig(128, 64, 8, 1 if of_channels else 2)
     return AttentionConfig(block_r, 64, 8 if of_channels else 4, 2)
 
 
