@@ -4,8 +4,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-# four programs for each multiprocessor of the largest card in use (H200: 132)
-_TARGET_PROGRAMS = 528
+# eight programs for each multiprocessor of the largest card in use (H200: 132)
+_TARGET_PROGRAMS = 1056
+# tokens: half as many programs are enough where more would have pieces shorter than this
+LONG_PIECE = 512
 # pieces start at multiples of this many tokens, so that no tile of keys is cut in two
 PIECE_ALIGN = 64
 
@@ -26,6 +28,11 @@ class DecodePlan(NamedTuple):
 def num_plan_items(batch_size: int, num_kv_heads: int) -> int:
     """W: the same for any lengths, so that one captured graph serves them all."""
     return batch_size + -(-_TARGET_PROGRAMS // num_kv_heads)
+
+
+def share_of_tokens(total: int, spare: int) -> int:
+    """Tokens of a piece where ``spare`` items are left for cutting: total / spare fits always (docs/log.md)."""
+    return max(-(-total // spare), min(-(-total // max(spare // 2, 1)), LONG_PIECE))
 
 
 def shortest_piece(longest: int) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from lmtool.kernels.layout import PIECE_ALIGN, DecodePlan, num_plan_items, shortest_piece
+from lmtool.kernels.layout import PIECE_ALIGN, DecodePlan, num_plan_items, share_of_tokens, shortest_piece
 
 
 class _Span(NamedTuple):
@@ -25,7 +25,7 @@ def plan_decode(seq_lens: Tensor, num_kv_heads: int, window: int = 0) -> DecodeP
     stops: list[int] = seq_lens.tolist()
     num_items = num_plan_items(len(stops), num_kv_heads)
     starts = [max(0, stop - window) // PIECE_ALIGN * PIECE_ALIGN if window else 0 for stop in stops]
-    share = -(-(sum(stops) - sum(starts)) // (num_items - len(stops)))
+    share = share_of_tokens(sum(stops) - sum(starts), num_items - len(stops))
     longest = max(stop - start for start, stop in zip(starts, stops, strict=True))
     piece = max(-(-share // PIECE_ALIGN) * PIECE_ALIGN, shortest_piece(longest))
     items: list[tuple[int, int, int]] = []

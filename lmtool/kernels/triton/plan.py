@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lmtool.kernels.layout import PIECE_ALIGN, DecodePlan, num_plan_items
+from lmtool.kernels.layout import LONG_PIECE, PIECE_ALIGN, DecodePlan, num_plan_items
 from lmtool.kernels.triton.launch import dependent_launch, wait_for_previous
 
 
@@ -22,9 +22,10 @@ def _plan_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_W: tl.constexpr,
     ALIGN: tl.constexpr,
+    LONG: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program. Pieces of C tokens: C = total / (W - B) is the shortest that always fits into W items.
+    """One program. Pieces of C tokens: total / (W - B) is the shortest that always fits into W items.
 
     It does not allow the next kernel to start early: whatever comes after may read the plan, and what the plan was
     made from, before its own wait.
@@ -35,7 +36,10 @@ def _plan_kernel(
     stop = tl.load(seq_lens_ptr + o_b, mask=m_b, other=0)
     start = tl.where(window > 0, tl.maximum(stop - window, 0) // ALIGN * ALIGN, 0)
     spare = num_items - batch_size
-    piece = tl.cdiv(tl.cdiv(tl.sum(stop - start, axis=0), spare), ALIGN) * ALIGN
+    # as layout.share_of_tokens has it
+    total = tl.sum(stop - start, axis=0)
+    coarse = tl.minimum(tl.cdiv(total, tl.maximum(spare // 2, 1)), LONG)
+    piece = tl.cdiv(tl.maximum(tl.cdiv(total, spare), coarse), ALIGN) * ALIGN
     # the shortest piece worth merging, as layout.shortest_piece has it
     blocks = tl.cdiv(tl.max(stop - start, axis=0), ALIGN)
     o_n = tl.arange(0, 64) + 1
@@ -78,6 +82,7 @@ def plan_decode(seq_lens: Tensor, num_kv_heads: int, window: int = 0) -> DecodeP
         BLOCK_B=triton.next_power_of_2(batch_size),
         BLOCK_W=triton.next_power_of_2(num_items),
         ALIGN=PIECE_ALIGN,
+        LONG=LONG_PIECE,
         num_warps=4,
         **dependent_launch(seq_lens.device),
     )
