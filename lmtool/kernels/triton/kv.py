@@ -90,7 +90,7 @@ def kv_copy(source: QuantizedKv, source_blocks: Tensor, target: QuantizedKv, tar
         DP=dim,
         SEAL=target.scheme == "int4",
         BLOCK_I=triton.next_power_of_2(dim) // 2,
-        num_warps=4 if dim <= 128 else 8,
+        num_warps=4,
         **dependent_launch(target_blocks.device),
     )
 

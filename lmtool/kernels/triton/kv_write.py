@@ -10,6 +10,8 @@ from lmtool.kernels.triton.kv_tiles import BLOCK, number
 from lmtool.kernels.triton.launch import allow_next, wait_for_previous
 from lmtool.kernels.triton.rotary import rotated
 
+_ROWS: tl.constexpr = tl.constexpr(16)  # of a block that is sealed, at once: DP / 2 is a multiple of it
+
 
 # ------------------------------------------------------------------ numbers → codes
 @triton.jit
@@ -185,49 +187,70 @@ def _copy_block(codes_ptr, meta_ptr, to_ptr, to_meta_ptr, DP: tl.constexpr):
 
 
 @triton.jit
-def _seal_channels(codes_ptr, scale, low, k_meta_ptr, o_t, o_d, m_d, D: tl.constexpr, DP: tl.constexpr):
-    """Channels o_d of a block of K, numbers by scale and low [64, 1] of its tokens → codes; their metas are written."""
-    is_dim = (m_d & (o_d < D))[None, :]
-    codes = tl.load(codes_ptr + o_t[:, None] * DP + o_d[None, :], mask=is_dim, other=0)
-    # what it is filled up with is zeros, of a scale and a minimum of zero
-    x = tl.where(is_dim, number(codes, scale, low, tl.float32), 0.0)
-    x_scale, x_low = _scale_and_low(tl.min(x, axis=0), tl.max(x, axis=0), 4)
-    tl.store(k_meta_ptr + o_d, x_scale, mask=m_d)
-    tl.store(k_meta_ptr + DP + o_d, x_low, mask=m_d)
-    return _codes(x, x_scale[None, :], x_low[None, :], 4)
+def _numbers_of(codes_ptr, o_byte, scale, low, mask):
+    return number(tl.load(codes_ptr + o_byte, mask=mask, other=0), scale, low, tl.float32)
 
 
 @triton.jit
 def _seal_keys(codes_ptr, meta_ptr, k_ptr, k_meta_ptr, D: tl.constexpr, DP: tl.constexpr, BLOCK_I: tl.constexpr):
-    """One block in eight bits, scaled token by token → four bits, scaled channel by channel."""
+    """One block in eight bits, scaled token by token → four bits, scaled channel by channel: twice past the tokens."""
     half: tl.constexpr = DP // 2
-    o_t, o_i = tl.arange(0, BLOCK), tl.arange(0, BLOCK_I)
+    o_r, o_i = tl.arange(0, _ROWS), tl.arange(0, BLOCK_I)
     m_half = o_i < half
-    scale, low = tl.load(meta_ptr + o_t * 2)[:, None], tl.load(meta_ptr + o_t * 2 + 1)[:, None]
-    lower = _seal_channels(codes_ptr, scale, low, k_meta_ptr, o_t, o_i, m_half, D, DP)
-    upper = _seal_channels(codes_ptr, scale, low, k_meta_ptr, o_t, o_i + half, m_half, D, DP)
-    _store_halves(k_ptr, o_t[:, None] * half + o_i[None, :], 0, lower, upper, m_half[None, :], 4)
+    m_lower, m_upper = (m_half & (o_i < D))[None, :], (m_half & (o_i + half < D))[None, :]
+    lowest = tl.full([_ROWS, BLOCK_I], float("inf"), tl.float32)
+    highest, upper_lowest, upper_highest = -lowest, lowest, -lowest
+    for t in range(0, BLOCK, _ROWS):
+        scale, low = tl.load(meta_ptr + (t + o_r) * 2)[:, None], tl.load(meta_ptr + (t + o_r) * 2 + 1)[:, None]
+        o_byte = (t + o_r)[:, None] * DP + o_i[None, :]
+        lower = _numbers_of(codes_ptr, o_byte, scale, low, m_lower)
+        upper = _numbers_of(codes_ptr + half, o_byte, scale, low, m_upper)
+        lowest, highest = tl.minimum(lowest, lower), tl.maximum(highest, lower)
+        upper_lowest, upper_highest = tl.minimum(upper_lowest, upper), tl.maximum(upper_highest, upper)
+    # what a head is filled up with is zeros, of a scale and a minimum of zero
+    x_scale, x_low = _scale_and_low(
+        tl.min(tl.where(m_lower, lowest, 0.0), 0), tl.max(tl.where(m_lower, highest, 0.0), 0), 4
+    )
+    u_scale, u_low = _scale_and_low(
+        tl.min(tl.where(m_upper, upper_lowest, 0.0), 0), tl.max(tl.where(m_upper, upper_highest, 0.0), 0), 4
+    )
+    tl.store(k_meta_ptr + o_i, x_scale, mask=m_half)
+    tl.store(k_meta_ptr + half + o_i, u_scale, mask=m_half)
+    tl.store(k_meta_ptr + DP + o_i, x_low, mask=m_half)
+    tl.store(k_meta_ptr + DP + half + o_i, u_low, mask=m_half)
+    for t in range(0, BLOCK, _ROWS):
+        scale, low = tl.load(meta_ptr + (t + o_r) * 2)[:, None], tl.load(meta_ptr + (t + o_r) * 2 + 1)[:, None]
+        o_byte = (t + o_r)[:, None] * DP + o_i[None, :]
+        lower = _codes(_numbers_of(codes_ptr, o_byte, scale, low, m_lower), x_scale[None, :], x_low[None, :], 4)
+        upper = _codes(_numbers_of(codes_ptr + half, o_byte, scale, low, m_upper), u_scale[None, :], u_low[None, :], 4)
+        lower, upper = tl.where(m_lower, lower, 0), tl.where(m_upper, upper, 0)
+        _store_halves(k_ptr, (t + o_r)[:, None] * half + o_i[None, :], 0, lower, upper, m_half[None, :], 4)
 
 
 @triton.jit
-def _seal_values(codes_ptr, meta_ptr, v_ptr, v_meta_ptr, D: tl.constexpr, DP: tl.constexpr, BLOCK_I: tl.constexpr):
+def _seal_values(codes_ptr, meta_ptr, v_ptr, v_meta_ptr, D: tl.constexpr, DP: tl.constexpr):
     """One block, dimensions below each other, in eight bits → four bits, both scaled token by token."""
     half: tl.constexpr = DP // 2
-    o_t, o_i = tl.arange(0, BLOCK), tl.arange(0, BLOCK_I)
-    m_half = o_i < half
-    m_lower, m_upper = (m_half & (o_i < D))[:, None], (m_half & (o_i + half < D))[:, None]
+    o_r, o_t = tl.arange(0, _ROWS), tl.arange(0, BLOCK)
     scale, low = tl.load(meta_ptr + o_t * 2)[None, :], tl.load(meta_ptr + o_t * 2 + 1)[None, :]
-    o_byte = o_i[:, None] * BLOCK + o_t[None, :]
-    lower = number(tl.load(codes_ptr + o_byte, mask=m_lower, other=0), scale, low, tl.float32)
-    upper = number(tl.load(codes_ptr + half * BLOCK + o_byte, mask=m_upper, other=0), scale, low, tl.float32)
-    lowest = tl.minimum(_lowest(lower, m_lower, 0), _lowest(upper, m_upper, 0))
-    highest = tl.maximum(_highest(lower, m_lower, 0), _highest(upper, m_upper, 0))
-    x_scale, x_low = _scale_and_low(lowest, highest, 4)
+    lowest = tl.full([_ROWS, BLOCK], float("inf"), tl.float32)
+    highest = -lowest
+    for d in range(0, DP, _ROWS):
+        is_dim = (d + o_r < D)[:, None]
+        x = _numbers_of(codes_ptr, (d + o_r)[:, None] * BLOCK + o_t[None, :], scale, low, is_dim)
+        lowest = tl.minimum(lowest, tl.where(is_dim, x, float("inf")))
+        highest = tl.maximum(highest, tl.where(is_dim, x, float("-inf")))
+    x_scale, x_low = _scale_and_low(tl.min(lowest, 0), tl.max(highest, 0), 4)
     tl.store(v_meta_ptr + o_t * 2, x_scale)
     tl.store(v_meta_ptr + o_t * 2 + 1, x_low)
-    lower = tl.where(m_lower, _codes(lower, x_scale[None, :], x_low[None, :], 4), 0)
-    upper = tl.where(m_upper, _codes(upper, x_scale[None, :], x_low[None, :], 4), 0)
-    _store_halves(v_ptr, o_byte, 0, lower, upper, m_half[:, None], 4)
+    x_scale, x_low = x_scale[None, :], x_low[None, :]
+    for d in range(0, half, _ROWS):
+        o_byte = (d + o_r)[:, None] * BLOCK + o_t[None, :]
+        m_lower, m_upper = (d + o_r < D)[:, None], (d + o_r + half < D)[:, None]
+        lower = _codes(_numbers_of(codes_ptr, o_byte, scale, low, m_lower), x_scale, x_low, 4)
+        upper = _codes(_numbers_of(codes_ptr + half * BLOCK, o_byte, scale, low, m_upper), x_scale, x_low, 4)
+        lower, upper = tl.where(m_lower, lower, 0), tl.where(m_upper, upper, 0)
+        _store_halves(v_ptr, o_byte, 0, lower, upper, (d + o_r < half)[:, None], 4)
 
 
 @triton.jit(do_not_specialize=["source_num_blocks", "num_blocks", "num_copies"])
@@ -266,7 +289,7 @@ def kv_copy_kernel(
                 to_meta_ptr = v_meta_ptr + target * (2 * BLOCK)
                 if SEAL:
                     to_ptr = v_ptr + target * (BLOCK * DP // 2)
-                    _seal_values(codes_ptr, meta_ptr, to_ptr, to_meta_ptr, D, DP, BLOCK_I)
+                    _seal_values(codes_ptr, meta_ptr, to_ptr, to_meta_ptr, D, DP)
                 else:
                     _copy_block(codes_ptr, meta_ptr, v_ptr + target * (BLOCK * DP), to_meta_ptr, DP)
             else:

@@ -153,7 +153,7 @@ def launch_prefill(
     if cache.scheme == "dense":
         config = tuning.prefill_config(*told)
     else:
-        config = tuning.kv_prefill_config(*told, of_channels=cache.scheme in ("int4", "static"))
+        config = tuning.kv_prefill_config(*told, static=cache.scheme == "static")
     block_r = max(config.block_r, triton.next_power_of_2(group))
     queries_per_program = block_r // group
     grid = (triton.cdiv(max_seqlen_q, queries_per_program), cache.num_heads, seq_lens.shape[0])

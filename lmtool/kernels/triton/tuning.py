@@ -278,20 +278,16 @@ def kv_decode_config(capability: int, head_dim: int, itemsize: int) -> Attention
     return AttentionConfig(16, 32 if head_dim > 128 else 64, 8 if head_dim > 128 else 4, 1)
 
 
-def kv_prefill_config(
-    capability: int, num_rows: int, head_dim: int, itemsize: int, *, of_channels: bool
-) -> AttentionConfig:
-    """Over a quantized cache. ``of_channels``: K's scales are channels', which want registers."""
+def kv_prefill_config(capability: int, num_rows: int, head_dim: int, itemsize: int, *, static: bool) -> AttentionConfig:
+    """Over a quantized cache. ``static``: its scales, which are all blocks', want registers."""
     if capability < _AMPERE or itemsize == 4:
         return AttentionConfig(16, 16, 8, 1)
     block_r = min(64, max(16, _power_of_two(num_rows)))
-    if capability < _HOPPER:
-        return AttentionConfig(min(block_r, 32), 32, 8, 1)
-    if head_dim > 128:
+    if capability < _HOPPER or head_dim > 128:
         return AttentionConfig(min(block_r, 32), 32, 8, 1)
     if num_rows >= 1024:  # what is expanded serves twice as many queries
-        return AttentionConfig(128, 64, 8, 1 if of_channels else 2)
-    return AttentionConfig(block_r, 64, 8 if of_channels else 4, 2)
+        return AttentionConfig(128, 64, 8, 1 if static else 2)
+    return AttentionConfig(block_r, 64, 8 if static else 4, 2)
 
 
 def _keys_of_16_kb(head_bytes: int) -> int:
