@@ -40,7 +40,7 @@ from lmtool.kernels.triton.kv_scores import (
     token_terms,
 )
 from lmtool.kernels.triton.kv_values import add_values, ask_values, averages, of_channels, scaled
-from lmtool.kernels.triton.launch import allow_next, arch, dependent_launch, wait_for_previous
+from lmtool.kernels.triton.launch import HOPPER, allow_next, arch, dependent_launch, wait_for_previous
 from lmtool.kernels.triton.plan import plan_decode
 from lmtool.kernels.triton.w4_mma import keep_order
 
@@ -325,7 +325,7 @@ def kv_decode_kernel(
 
 
 def serves(q: Tensor, cache: QuantizedKv) -> bool:
-    """Whether `kv_attention_decode` here takes q [B, Hq, D] over this cache: half precision, D ≤ 128, from Ampere on."""
+    """Whether `kv_attention_decode` takes q [B, Hq, D] over this cache: half precision, D ≤ 128, Ampere or newer."""
     if 0 < arch(q.device) < _WITH_THE_INSTRUCTION or q.dtype not in (torch.float16, torch.bfloat16):
         return False
     fits = cache.padded_dim <= _WIDEST and cache.head_dim % 4 == 0
@@ -364,7 +364,7 @@ def kv_attention_decode(
     partial = torch.empty((grid[0] * eights * _COLUMNS, cache.padded_dim), dtype=torch.float32, device=q.device)
     tops = torch.empty(grid[0] * eights * _COLUMNS, dtype=torch.float32, device=q.device)
     last = cache if opened is None else opened
-    limits = {"maxnreg": _REGISTERS} if arch(q.device) else {}
+    limits = {"maxnreg": _REGISTERS} if arch(q.device) >= HOPPER else {}
     kv_decode_kernel[grid](
         q,
         cache.k,
