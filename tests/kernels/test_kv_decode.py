@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from lmtool.errors import KernelError
 from lmtool.kernels import layout
 from lmtool.kernels.kv_layout import KV_BLOCK, KvScheme, QuantizedKv, empty_kv, halves, quantize, to_codes
 from lmtool.kernels.reference import kv as reference
+from lmtool.kernels.triton import kv as triton_kv
 from lmtool.kernels.triton import kv_decode
 from lmtool.kernels.triton.plan import plan_decode
 from tests.kernels.support import assert_close, normal
@@ -144,8 +146,14 @@ def test_queries_of_any_size_and_of_zeros(device):
     q = normal(2, 2, 32, dtype=torch.float16, device=device)
     q[0] *= 3000  # scores beyond float16
     q[1] = 0
-    out = kv_decode.kv_attention_decode(q, cache, tables, lens, 1.0)
+    out = triton_kv.kv_attention_decode(q, cache, tables, lens, 1.0)
     assert_close(out, reference.kv_attention_decode(q.float(), cache, tables, lens, 1.0).half())
+
+
+def test_heads_that_cannot_be_shared_are_named(device):
+    cache, tables, lens, _, _ = filled("int8", [5], 2, 32, device)
+    with pytest.raises(KernelError, match="3 query heads cannot share 2"):
+        triton_kv.kv_attention_decode(torch.ones(1, 3, 32, device=device).half(), cache, tables, lens, 1.0)
 
 
 def test_what_it_does_not_serve(device):

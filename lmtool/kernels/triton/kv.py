@@ -1,4 +1,4 @@
-"""A quantized K/V cache in Triton: `kv_write`, `attention` and `prefill` hold the kernels, `kv_layout` the format."""
+"""A quantized K/V cache (`kv_layout`) in Triton: kernels are in `kv_write`, `kv_decode`, `attention`, `prefill`."""
 
 import torch
 import triton
@@ -7,6 +7,7 @@ from torch import Tensor
 from lmtool.errors import KernelError
 from lmtool.kernels.kv_layout import QuantizedKv
 from lmtool.kernels.layout import DecodePlan
+from lmtool.kernels.triton import kv_decode
 from lmtool.kernels.triton.attention import launch_decode
 from lmtool.kernels.triton.kv_write import kv_copy_kernel, kv_store_kernel
 from lmtool.kernels.triton.launch import dependent_launch
@@ -107,6 +108,8 @@ def kv_attention_decode(
     open_blocks: Tensor | None = None,
 ) -> Tensor:
     paged = quantized(cache, opened, open_blocks)
+    if kv_decode.serves(q, cache):
+        return kv_decode.kv_attention_decode(q, cache, block_tables, seq_lens, scale, window, plan, opened, open_blocks)
     return launch_decode(q, paged, block_tables, seq_lens, scale, window, plan)
 
 

@@ -41,6 +41,7 @@ from lmtool.kernels.triton.kv_scores import (
 )
 from lmtool.kernels.triton.kv_values import add_values, ask_values, averages, of_channels, scaled
 from lmtool.kernels.triton.launch import HOPPER, allow_next, arch, dependent_launch, wait_for_previous
+from lmtool.kernels.triton.paged import check
 from lmtool.kernels.triton.plan import plan_decode
 from lmtool.kernels.triton.w4_mma import keep_order
 
@@ -352,7 +353,8 @@ def kv_attention_decode(
     opened: QuantizedKv | None = None,
     open_blocks: Tensor | None = None,
 ) -> Tensor:
-    batch_size, num_q_heads, head_dim = q.shape
+    _, num_q_heads, head_dim = q.shape
+    check(num_q_heads, cache.num_heads, KV_BLOCK)
     if plan is None:
         plan = plan_decode(seq_lens, cache.num_heads, window)
     group = num_q_heads // cache.num_heads
@@ -363,7 +365,7 @@ def kv_attention_decode(
     grid = (plan.items.shape[0], triton.cdiv(eights, warps))
     partial = torch.empty((grid[0] * eights * _COLUMNS, cache.padded_dim), dtype=torch.float32, device=q.device)
     tops = torch.empty(grid[0] * eights * _COLUMNS, dtype=torch.float32, device=q.device)
-    last = cache if opened is None else opened
+    last = cache if opened is None or open_blocks is None else opened
     limits = {"maxnreg": _REGISTERS} if arch(q.device) >= HOPPER else {}
     kv_decode_kernel[grid](
         q,
@@ -394,7 +396,7 @@ def kv_attention_decode(
         K_BITS=cache.k_bits,
         V_BITS=cache.v_bits,
         SCHEME="int8" if cache.scheme == "k8v4" else cache.scheme,
-        OPENED=opened is not None,
+        OPENED=last is opened,
         ASM=arch(q.device) > 0,
         WARPS=warps,
         num_warps=warps,
