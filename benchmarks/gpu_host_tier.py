@@ -142,7 +142,8 @@ def beside_decoding(core: EngineCore, decoding: list[list[int]], returning: list
     print(
         f"{len(decoding)} decode beside a return: step {1e3 * statistics.median(times['alone']):.2f} ms before,"
         f" {len(loading)} steps meanwhile: median {1e3 * statistics.median(loading):.2f}, most"
-        f" {1e3 * max(loading):.2f} ms; its first token after {1e3 * arrived:.0f} ms",
+        f" {1e3 * max(loading):.2f} ms; its first token after {1e3 * arrived:.0f} ms;"
+        f" steps {[round(1e3 * seconds, 1) for seconds in times['beside'][:12]]}",
         flush=True,
     )
 

@@ -143,8 +143,8 @@ class Scheduler:
         # one block is left for each running sequence, so that starting this one does not at once preempt another
         if needed + len(self.running) + self.loads.num_missing_blocks > self.blocks.num_free:
             self.loads.put_back(sequence, match)
-            may_try_again = not self.running and not self.loads and self._reclaim(but=sequence)
-            return self._start(sequence, budget, flight) if may_try_again else None
+            again = not self.running and not self.loads and self._reclaim(but=sequence)
+            return self._start(sequence, budget, flight) if again else None
         self.waiting.popleft()
         if not self.loads.give(sequence, match, flight.batch.loads):
             return 0
@@ -205,7 +205,7 @@ class Scheduler:
 
     def _preempt(self, victim: Sequence, flight: _Flight) -> None:
         assert all(part.sequence is not victim for part in flight.parts), "the youngest enters last"
-        self._leave(victim, keep=True)
+        self._leave(victim, keep=False)  # its full blocks are found again; its open one is about to be taken
         victim.num_computed_tokens = victim.num_finished_tokens = 0
         victim.num_preemptions += 1
         self.counters.num_preemptions += 1

@@ -145,3 +145,43 @@ def test_the_cheaper_way_is_measured() -> None:
         cost.step_took(1000, 1.0)  # a faster kernel, or a shorter prompt: the newest steps count most
     assert cost.prefill_tokens_per_s == pytest.approx(1000, rel=0.1)
     assert not cost.prefers_load(10, 900)
+
+
+def test_a_save_that_fails_is_not_found_later() -> None:
+    core = make_core(10, budget=64, num_host=16, depth=1)
+    run_all(core, [request(0, FIRST, max_new_tokens=1)])
+    core._executor.fail_next_copy = True  # type: ignore[attr-defined]
+    run_all(core, [request(1, OTHER, max_new_tokens=12)])
+    assert len(core.scheduler.blocks.host) < 4
+    core._executor.batches.clear()  # type: ignore[attr-defined]
+    assert run_all(core, [request(2, FIRST, max_new_tokens=2)])[2] == expected_answer(FIRST, 2)
+    assert chunks(core)[0][0] < 16
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_many_that_return_at_once_are_each_loaded_once(depth: int) -> None:
+    """Loading does not take the room that those before need to start and to go on."""
+    core = make_core(18, budget=64, num_host=200, depth=depth, batch=8)
+    prompts = {i: [i % 2, i // 2 % 2, i // 4 % 2, i // 8] * 5 for i in range(12)}
+    answers = run_all(core, [request(i, prompt, max_new_tokens=4) for i, prompt in prompts.items()])
+    turns = {100 + i: [*prompt, *answers[i], 9] for i, prompt in prompts.items()}
+    counters = core.scheduler.counters
+    hits, cached = counters.num_host_hit_tokens, counters.num_cached_tokens
+    answers = run_all(core, [request(i, turn, max_new_tokens=6) for i, turn in turns.items()])
+    assert answers == {i: expected_answer(turn, 6) for i, turn in turns.items()}
+    assert 8 * 20 < counters.num_host_hit_tokens - hits <= counters.num_cached_tokens - cached
+
+
+def test_a_preempted_sequence_computes_only_what_its_full_blocks_do_not_hold() -> None:
+    core = make_core(6, budget=64)
+    core.add(request(0, [0] * 6, max_new_tokens=12))
+    core.add(request(1, [1] * 7, max_new_tokens=12))
+    answers: dict[int, list[int]] = {0: [], 1: []}
+    while not core.scheduler.counters.num_preemptions:
+        collect(core.step(), answers)
+    core.abort(0)
+    core._executor.batches.clear()  # type: ignore[attr-defined]
+    while core.has_work:
+        collect(core.step(), answers)
+    assert answers[1] == expected_answer([1] * 7, 12)
+    assert chunks(core)[0] == (8, 2)  # its open block is the one that was needed
