@@ -192,7 +192,7 @@ def launch_decode(
     if cache.scheme == "dense":
         config = tuning.decode_config(arch(q.device), batch_size, head_dim, q.dtype.itemsize)
     else:
-        config = tuning.kv_decode_config(arch(q.device), head_dim, q.dtype.itemsize)
+        config = tuning.kv_decode_config(arch(q.device), q.dtype.itemsize)
     _decode_kernel[(num_items, cache.num_heads)](
         q,
         *cache[:4],

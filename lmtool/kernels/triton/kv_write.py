@@ -181,7 +181,7 @@ def kv_store_kernel(
 def _copy_block(codes_ptr, meta_ptr, to_ptr, to_meta_ptr, DP: tl.constexpr):
     """K or V of a head in eight bits, as it is."""
     o_byte, o_meta = tl.arange(0, 2048), tl.arange(0, 2 * BLOCK)
-    for i in tl.static_range(0, BLOCK * DP, 2048):
+    for i in range(0, BLOCK * DP, 2048):
         tl.store(to_ptr + i + o_byte, tl.load(codes_ptr + i + o_byte))
     tl.store(to_meta_ptr + o_meta, tl.load(meta_ptr + o_meta))
 

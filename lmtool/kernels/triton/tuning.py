@@ -271,11 +271,11 @@ def prefill_config(capability: int, num_rows: int, head_dim: int, itemsize: int)
     return AttentionConfig(block_r, 64, 4, 3)
 
 
-def kv_decode_config(capability: int, head_dim: int, itemsize: int) -> AttentionConfig:
-    """Over a quantized cache; that of float16 and bfloat16 from 8.0 on has a kernel of its own."""
+def kv_decode_config(capability: int, itemsize: int) -> AttentionConfig:
+    """Over a quantized cache; float16 and bfloat16 have a kernel of their own from 8.0 on, but for wide heads."""
     if capability < _AMPERE or itemsize == 4:  # no tensor cores: more threads, each with fewer numbers
         return AttentionConfig(16, 16, 8, 1)
-    return AttentionConfig(16, 32 if head_dim > 128 else 64, 8 if head_dim > 128 else 4, 1)
+    return AttentionConfig(16, 32, 8, 1)
 
 
 def kv_prefill_config(capability: int, num_rows: int, head_dim: int, itemsize: int, *, static: bool) -> AttentionConfig:
