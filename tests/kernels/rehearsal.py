@@ -19,7 +19,8 @@ from lmtool import kernels
 from lmtool.engine.device_runner import DeviceRunner
 from lmtool.engine.kv_cache import BLOCK_SIZE, CachePlan
 from lmtool.errors import LmtoolError
-from lmtool.kernels.triton import attention, launch, linear, prefill, w4
+from lmtool.kernels.kv_layout import KvScheme
+from lmtool.kernels.triton import attention, kv_decode, launch, linear, prefill, w4
 from lmtool.kernels.triton.activation import silu_mul
 from lmtool.kernels.triton.norm import rms_norm
 from lmtool.kernels.triton.precompile import Precompilation, collect
@@ -58,16 +59,23 @@ class Card:
 
 
 def keys_on(device: str) -> set[tuple[str, str, str]]:
-    """What the steps of two tiny half-precision engines on ``device`` would compile: of numbers, and of 4-bit codes."""
-    return _keys_on(device, None) | _keys_on(device, group_size=32)
+    """What the steps of tiny half-precision engines on ``device`` would compile: of numbers, 4-bit codes, K/V codes."""
+    return _keys_on(device, None) | _keys_on(device, group_size=32) | _keys_on(device, None, "int8")
 
 
-def _keys_on(device: str, group_size: int | None) -> set[tuple[str, str, str]]:
+def _keys_on(device: str, group_size: int | None, scheme: KvScheme | None = None) -> set[tuple[str, str, str]]:
     shape = TINY if group_size is None else replace(TINY, hidden_size=64, intermediate_size=96)
     decoder = random_decoder(
         shape, dtype=torch.float16, device=torch.device(device), num_positions=512, group_size=group_size
     )
-    plan = CachePlan(num_blocks=8, block_size=BLOCK_SIZE, block_bytes=0, session_len=512)
+    plan = CachePlan(
+        num_blocks=8,
+        block_size=BLOCK_SIZE,
+        block_bytes=0,
+        session_len=512,
+        scheme=scheme,
+        num_open_blocks=41 if scheme == "int4" else 0,
+    )
 
     def rehearse() -> None:
         with kernels.force("triton"):
@@ -106,15 +114,17 @@ def main() -> None:
     on_meta = keys_on("meta")
     seconds = time.perf_counter() - started
     imported = sorted({"sympy", "torch._dynamo"} & sys.modules.keys())
+    # last: what it works out of a step's chunks (layers/staging.py) is such arithmetic as imports a compiler
+    on_meta |= _keys_on("meta", None, "int4")
     told: list[tuple[int, int]] = []
     compile_three(told)
     loaded = sorted(card.loaded)
     refused = refusal(card, "Triton Error [CUDA]: device kernel image is invalid", 512)
     no_room = refusal(card, "Triton Error [CUDA]: out of memory", 768)
-    for module in (launch, linear, attention, prefill, w4):
+    for module in (launch, linear, attention, kv_decode, prefill, w4):
         module.arch = lambda device: 90  # type: ignore[attr-defined]
     torch.empty = torch.zeros  # type: ignore[assignment]  nothing is computed: what is read back must be an index
-    on_cpu = keys_on("cpu")
+    on_cpu = keys_on("cpu") | _keys_on("cpu", None, "int4")
     print(
         json.dumps(
             {
