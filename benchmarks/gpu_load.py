@@ -24,7 +24,7 @@ from lmtool.checkpoint.workspace import FORMAT_VERSION, Manifest, SourceEntry
 from lmtool.config import EngineConfig
 from lmtool.convert.stored import StoredForm
 from lmtool.convert.to_workspace import weight_places, write_form
-from lmtool.engine.setup import open_decoder
+from lmtool.engine.load_weights import open_decoder
 from lmtool.models.config import ModelConfig
 from lmtool.models.own_names import NAMES
 

@@ -20,8 +20,9 @@ from lmtool.config import EngineConfig, GenerationConfig
 from lmtool.engine.core import EngineCore
 from lmtool.engine.device import choose_device, choose_dtype, free_bytes, memory_short
 from lmtool.engine.graphs import StartProgress
+from lmtool.engine.load_weights import stored_as, weight_bytes
 from lmtool.engine.sequence import Request
-from lmtool.engine.setup import LoadedEngine, build_core, compile_steps, load_engine, stored_as, weight_bytes
+from lmtool.engine.setup import LoadedEngine, build_core, compile_steps, load_engine
 from lmtool.errors import ConfigError, EngineError, MemoryShortError
 from lmtool.models.config import ModelConfig
 from lmtool.models.loader import read_model_config

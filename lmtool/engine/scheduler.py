@@ -1,7 +1,8 @@
 """Who computes what in the next step: decodes first, then prompt chunks, under a token budget. Ints only.
 
 A step may be scheduled before the ones before it were read: their tokens count as existing, and only their number is
-used. When blocks run out the youngest sequence is preempted: its blocks are freed and it is computed again later.
+used. When blocks run out the youngest sequence is preempted: its blocks are freed, and it starts again later with what
+is left of them.
 Knows neither torch nor models nor text.
 
 Slots and blocks are handed out again as soon as they are given up, also while launched steps still use them: the

@@ -11,7 +11,8 @@ import torch
 from lmtool.config import EngineConfig
 from lmtool.convert.job import Job
 from lmtool.convert.to_workspace import convert
-from lmtool.engine.setup import load_engine, open_decoder
+from lmtool.engine.load_weights import open_decoder
+from lmtool.engine.setup import load_engine
 from lmtool.layers.weights import W4
 from tests.models.test_quantized import KINDS, quantize
 from tests.quant.models import tiny_folder

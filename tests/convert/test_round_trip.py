@@ -14,7 +14,8 @@ from lmtool.config import EngineConfig
 from lmtool.convert.job import Job
 from lmtool.convert.to_hf import export
 from lmtool.convert.to_workspace import Converted, convert
-from lmtool.engine.setup import load_engine, open_decoder
+from lmtool.engine.load_weights import open_decoder
+from lmtool.engine.setup import load_engine
 from lmtool.errors import CheckpointError, ConfigError
 from lmtool.layers.weights import W4, Int4Cpu
 from lmtool.models.loader import outline_decoder, read_model_config

@@ -13,7 +13,7 @@ from lmtool.bench import evaluate
 from lmtool.checkpoint.hub import resolve_model
 from lmtool.commands.lite_eval import evaluation_ids
 from lmtool.config import EngineConfig
-from lmtool.engine.setup import open_decoder
+from lmtool.engine.load_weights import open_decoder
 from lmtool.kernels.kv_layout import quantize
 from lmtool.layers.context import AttentionContext
 from lmtool.layers.kv_store import DenseKv

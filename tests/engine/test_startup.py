@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.gpu_startup import write_checkpoint
 from lmtool.config import EngineConfig
-from lmtool.engine import setup
+from lmtool.engine import load_weights, setup
 from lmtool.engine.device import memory_short
 from lmtool.engine.setup import LoadedEngine, load_engine
 from lmtool.errors import MemoryShortError
@@ -116,7 +116,8 @@ def test_memory_that_is_gone_when_it_is_used(
 ) -> None:
     """Another process took it between the question and the use: weights, then the cache, are not allocated."""
     with all_taken_but(left), monkeypatch.context() as patch:
-        patch.setattr(setup, "free_bytes", lambda device: 8 << 30)
+        for module in (load_weights, setup):
+            patch.setattr(module, "free_bytes", lambda device: 8 << 30)
         assert re.fullmatch(message, refusal(wide))
     check_goes_on(small)
 

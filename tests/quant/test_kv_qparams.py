@@ -12,7 +12,8 @@ from lmtool.bench.evaluate import evaluate, spread
 from lmtool.checkpoint.engine_file import under_engine_file
 from lmtool.checkpoint.kv_parameters import KV_FILE
 from lmtool.config import EngineConfig
-from lmtool.engine.setup import load_engine, open_decoder
+from lmtool.engine.load_weights import open_decoder
+from lmtool.engine.setup import load_engine
 from lmtool.errors import CheckpointError, ConfigError
 from lmtool.quant.kv_qparams import kv_qparams
 from lmtool.tokenizer import load_tokenizer
