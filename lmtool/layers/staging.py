@@ -3,6 +3,7 @@
 A decode's token goes into its sequence's open block. A chunk's tokens go into *fresh* blocks, which live for one step
 and serve all layers one after the other: the chunk's first one is carried over from the open block, its last one is
 kept as such, and what is full in between becomes part of the cache. Made on the device: it may be part of a graph.
+Of the meta device only shapes are made: there torch computes with what it imports a compiler for.
 """
 
 from typing import NamedTuple
@@ -60,6 +61,9 @@ def _open_blocks(step: AttentionContext) -> Tensor:
 
 def _stage_decodes(step: AttentionContext) -> StagedDecodes:
     n = step.num_decode
+    if step.positions.device.type == "meta":
+        numbers = torch.empty(n, dtype=torch.int32, device="meta")
+        return StagedDecodes(numbers, torch.empty(n, dtype=torch.int64, device="meta"), numbers)
     open_blocks, positions = _open_blocks(step)[:n], step.positions[:n]
     within = positions % KV_BLOCK
     filled = step.block_tables[:n].gather(1, (positions // KV_BLOCK)[:, None])[:, 0]
@@ -76,12 +80,20 @@ def _stage_chunks(step: AttentionContext, num_heads: int, head_dim: int) -> Stag
     tables, seq_lens, bounds = step.chunks
     positions = step.positions[n:]
     num_chunks, num_tokens = len(seq_lens), len(positions)
+    # c tokens lie in at most c // 64 + 2 blocks
+    num_fresh = num_tokens // KV_BLOCK + 2 * num_chunks + 2
+    fresh = kernels.empty_kv("int8", num_heads, num_fresh, head_dim, device)
+    if device.type == "meta":
+        slots, per_chunk, per_fresh = (
+            torch.empty(count, dtype=dtype, device=device)
+            for count, dtype in ((num_tokens, torch.int64), (num_chunks, torch.int32), (num_fresh, torch.int32))
+        )
+        firsts = opened = carried = last = kept = per_chunk
+        return StagedChunks(fresh, slots, firsts, opened, carried, per_fresh, per_fresh, last, kept)
     firsts, lasts = bounds[:-1], bounds[1:]
     counts = lasts - firsts
     touched = (seq_lens - counts) // KV_BLOCK  # the first block that a chunk has tokens in
-    # c tokens lie in at most c // 64 + 2 blocks
     base = firsts // KV_BLOCK + 2 * torch.arange(num_chunks, device=device) + 1
-    num_fresh = num_tokens // KV_BLOCK + 2 * num_chunks + 2
     fresh_first = (base - touched).int()
     owner = torch.searchsorted(lasts, torch.arange(num_tokens, device=device), right=True)
     is_padding = owner == num_chunks
@@ -95,7 +107,7 @@ def _stage_chunks(step: AttentionContext, num_heads: int, head_dim: int) -> Stag
     filled = tables[of_chunk, place.clamp_max(tables.shape[1] - 1)]
     begins_inside = (seq_lens - counts) % KV_BLOCK > 0
     return StagedChunks(
-        fresh=kernels.empty_kv("int8", num_heads, num_fresh, head_dim, device),
+        fresh=fresh,
         slots=torch.where(is_padding, 0, slots),
         fresh_first=fresh_first,
         open_blocks=open_blocks,

@@ -60,7 +60,9 @@ class Card:
 
 def keys_on(device: str) -> set[tuple[str, str, str]]:
     """What the steps of tiny half-precision engines on ``device`` would compile: of numbers, 4-bit codes, K/V codes."""
-    return _keys_on(device, None) | _keys_on(device, group_size=32) | _keys_on(device, None, "int8")
+    schemes: tuple[KvScheme, ...] = ("int8", "int4")
+    quantized = [_keys_on(device, None, scheme) for scheme in schemes]
+    return _keys_on(device, None) | _keys_on(device, group_size=32) | set.union(*quantized)
 
 
 def _keys_on(device: str, group_size: int | None, scheme: KvScheme | None = None) -> set[tuple[str, str, str]]:
@@ -114,8 +116,6 @@ def main() -> None:
     on_meta = keys_on("meta")
     seconds = time.perf_counter() - started
     imported = sorted({"sympy", "torch._dynamo"} & sys.modules.keys())
-    # last: what it works out of a step's chunks (layers/staging.py) is such arithmetic as imports a compiler
-    on_meta |= _keys_on("meta", None, "int4")
     told: list[tuple[int, int]] = []
     compile_three(told)
     loaded = sorted(card.loaded)
@@ -124,7 +124,7 @@ def main() -> None:
     for module in (launch, linear, attention, kv_decode, prefill, w4):
         module.arch = lambda device: 90  # type: ignore[attr-defined]
     torch.empty = torch.zeros  # type: ignore[assignment]  nothing is computed: what is read back must be an index
-    on_cpu = keys_on("cpu") | _keys_on("cpu", None, "int4")
+    on_cpu = keys_on("cpu")
     print(
         json.dumps(
             {
