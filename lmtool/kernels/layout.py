@@ -6,6 +6,7 @@ from torch import Tensor
 
 # eight programs for each multiprocessor of the largest card in use (H200: 132)
 _TARGET_PROGRAMS = 1056
+_FEW_SEQUENCES = 4
 # tokens: half as many programs are enough where more would have pieces shorter than this
 LONG_PIECE = 512
 # pieces start at multiples of this many tokens, so that no tile of keys is cut in two
@@ -26,8 +27,12 @@ class DecodePlan(NamedTuple):
 
 
 def num_plan_items(batch_size: int, num_kv_heads: int) -> int:
-    """W: the same for any lengths, so that one captured graph serves them all."""
-    return batch_size + -(-_TARGET_PROGRAMS // num_kv_heads)
+    """W: the same for any lengths, so that one captured graph serves them all.
+
+    Few sequences have half as many: items that nothing is left for are programs too, and what a token waits for.
+    """
+    programs = _TARGET_PROGRAMS if batch_size > _FEW_SEQUENCES else _TARGET_PROGRAMS // 2
+    return batch_size + -(-programs // num_kv_heads)
 
 
 def share_of_tokens(total: int, spare: int) -> int:

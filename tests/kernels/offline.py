@@ -22,11 +22,12 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
-from lmtool.kernels.kv_layout import KvScheme, QuantizedKv, kv_shapes
+from lmtool.kernels.kv_layout import KV_SCHEMES, KvScheme, QuantizedKv, kv_shapes
 from lmtool.kernels.triton import (
     activation,
     attention,
     kv,
+    kv_decode,
     launch,
     linear,
     norm,
@@ -184,6 +185,17 @@ def launch_kv_read(dtype: torch.dtype, heads: tuple[int, int, int], scheme: KvSc
     prefill.launch_prefill(q, cache, table, bounds, lengths, 512, 0.1, window)
 
 
+def launch_kv_decode(dtype: torch.dtype, heads: tuple[int, int, int], scheme: KvScheme) -> None:
+    """The kernel for half precision from Ampere on; 'int4' beside open blocks."""
+    hq, hkv, d = heads
+    q, cache = meta(4, hq, d, dtype=dtype), quantized(scheme, hkv, d)
+    lengths, table = meta(4, dtype=torch.int32), meta(4, 64, dtype=torch.int32)
+    own = (quantized("int8", hkv, d), lengths) if scheme == "int4" else (None, None)
+    if kv_decode.serves(q, cache):
+        plan = attention.plan_decode(lengths, hkv)
+        kv_decode.kv_attention_decode(q, cache, table, lengths, 0.1, 0, plan, *own)
+
+
 def launch_rest(dtype: torch.dtype) -> None:
     norm.rms_norm(meta(32, 4096, dtype=dtype), meta(4096, dtype=dtype), 1e-5)
     activation.silu_mul(meta(32, 8192, dtype=dtype))
@@ -209,6 +221,7 @@ def launch_each_once() -> None:
     launch_kv_write(torch.float16, (32, 8, 128), "k8v4")
     launch_kv_copy(8, 128)
     launch_kv_read(torch.float16, (32, 8, 128), "int4")
+    launch_kv_decode(torch.float16, (32, 8, 128), "int4")
     w4.w4_expand(W4Tiles(meta(64, 16, 544, dtype=torch.int32), 2048, 2048), torch.float16)
     launch_w4(torch.float16, 64, 2048, 2048)
     for rows in (1, 16):
@@ -250,7 +263,9 @@ def launch_main_shapes() -> None:
     launch_kv_read(torch.float16, (32, 8, 128), "int4")
     launch_kv_read(torch.float16, (32, 32, 80), "int4", window=1000)
     launch_kv_read(torch.float16, (8, 1, 256), "int8")
-    launch_kv_read(torch.float32, (32, 8, 128), "int8")
+    for scheme in KV_SCHEMES:
+        launch_kv_decode(torch.float16, (32, 8, 128), scheme)
+    launch_kv_decode(torch.bfloat16, (24, 2, 80), "int4")
 
 
 def main(capabilities: list[int]) -> None:
@@ -263,6 +278,9 @@ def main(capabilities: list[int]) -> None:
         if self is attention._decode_kernel and capability >= launch.HOPPER:
             found |= {name: kwargs[name] for name in ("D", "BLOCK_T", "num_warps")}
             found["loop"] = len(product_loop(cubin))
+        if self is kv_decode.kv_decode_kernel and capability >= launch.HOPPER:
+            body = product_loop(cubin)
+            found |= {"DIM": kwargs["DIM"], "loop": len(body), "conversions": sum("I2F" in text for text in body)}
         if self is w4_few.few_rows_kernel and capability >= launch.HOPPER:
             found |= {name: kwargs[name] for name in ("VALUES", "GROUPS", "TURNS", "HELD", "NORM", "num_warps")}
             turn = instructions(cubin) if kwargs["HELD"] else straight(product_loop(cubin))
@@ -276,7 +294,7 @@ def main(capabilities: list[int]) -> None:
 
     JITFunction.run = compile_instead
     for capability in capabilities:
-        for module in (launch, linear, attention, prefill, w4):
+        for module in (launch, linear, attention, prefill, kv_decode, w4):
             module.arch = lambda device, capability=capability: capability
         launch_main_shapes() if capability >= launch.HOPPER else launch_each_once()
 

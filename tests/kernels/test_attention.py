@@ -14,7 +14,7 @@ from tests.kernels.support import DTYPES, assert_close, normal
 def _few_items(monkeypatch, device):
     """An interpreted program costs milliseconds, and a plan's unused items are programs too."""
     if device.type == "cpu":
-        monkeypatch.setattr(layout, "_TARGET_PROGRAMS", 24)
+        monkeypatch.setattr(layout, "_TARGET_PROGRAMS", 48)
 
 
 def paged(lengths, hkv, d, block_size, dtype, device):

@@ -22,6 +22,7 @@ INSTRUCTIONS_AN_ELEMENT = {80: 4.4, 128: 3.3, 256: 2.7}
         "_tile_kernel",
         "_scan_kernel",
         "few_rows_kernel",
+        "kv_decode_kernel",
         "kv_copy_kernel",
         "kv_store_kernel",
         "wide_hopper_kernel",
@@ -75,3 +76,18 @@ def test_four_bit_weights_are_expanded_while_the_tensor_cores_multiply():
         # at 256 rows two warps share a scheduler, and their products take 2048 clocks
         if made["GROUPS"] == 1:
             assert made["loop"] <= 410 * made["HIGH"], made
+
+
+# of one thread, summed over threads, for each K or V element of a block: at 4.3 TB/s an H200 can issue eight for eight
+# bits and four for four. Those of a block's softmax are shared by fewer elements where heads are narrow.
+INSTRUCTIONS_A_CODE = {128: 1.85, 96: 2.3}
+
+
+def test_quantized_decode_stays_within_its_instructions():
+    found = [made for made in compiled(HOPPER) if made["kernel"] == "kv_decode_kernel"]
+    assert {(made["scheme"], made["DIM"]) for made in found} >= {(scheme, 128) for scheme in ("int8", "int4", "static")}
+    for made in found:
+        assert made["loop"] > 100, f"the loop over blocks was not found: {made}"
+        # from integer to float: they would be one a code; a few are of the mask
+        assert made["conversions"] < 8, made
+        assert made["loop"] * 32 / (2 * 64 * made["DIM"]) <= INSTRUCTIONS_A_CODE[made["DIM"]], made

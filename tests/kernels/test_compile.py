@@ -21,6 +21,7 @@ KERNELS = {
     "_tile_kernel",
     "few_rows_kernel",
     "kv_copy_kernel",
+    "kv_decode_kernel",
     "kv_store_kernel",
     "sort_x_kernel",
     "wide_hopper_kernel",
@@ -28,7 +29,7 @@ KERNELS = {
 }
 HOPPER_ONLY = {"wide_hopper_kernel"}
 # they are for an instruction that came with 8.0
-NOT_ON_TURING = {"few_rows_kernel", "sort_x_kernel"}
+NOT_ON_TURING = {"few_rows_kernel", "kv_decode_kernel", "sort_x_kernel"}
 # shared memory that one program may have, in KB (CUDA C++ programming guide, compute capabilities)
 SHARED_KB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227}
 

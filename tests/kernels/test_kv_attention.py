@@ -20,7 +20,7 @@ from tests.kernels.support import assert_close, normal
 def _few_tiles(monkeypatch, device):
     """An interpreted tile costs milliseconds, as does a program without one: a plan's unused items."""
     if device.type == "cpu":
-        monkeypatch.setattr(layout, "_TARGET_PROGRAMS", 4)
+        monkeypatch.setattr(layout, "_TARGET_PROGRAMS", 16)
         for name in ("kv_decode_config", "kv_prefill_config"):
             monkeypatch.setattr(tuning, name, lambda *_, **__: tuning.AttentionConfig(32, 64, 4, 1))
 

@@ -17,7 +17,7 @@ from tests.kernels.support import assert_close, normal
 def _few_items(monkeypatch, device):
     """An interpreted program costs a second, and a plan's unused items are programs too."""
     if device.type == "cpu":
-        monkeypatch.setattr(layout, "_TARGET_PROGRAMS", 12)
+        monkeypatch.setattr(layout, "_TARGET_PROGRAMS", 24)
 
 
 def write(cache: QuantizedKv, block: int, k, v) -> None:
