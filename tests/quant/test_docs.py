@@ -73,5 +73,5 @@ def test_the_commands_of_the_cache_s_page_run(
             continue  # tests/bench/test_kv.py
         assert cli.main(words) == 0, capsys.readouterr().err
         ran += 1
-    assert ran == 7
+    assert ran == 8
     assert (tmp_path / "workspace" / "kv_cache.safetensors").exists()
