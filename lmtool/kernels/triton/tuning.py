@@ -265,7 +265,7 @@ def prefill_config(capability: int, num_rows: int, head_dim: int, itemsize: int)
     if itemsize == 4:
         return AttentionConfig(block_r if head_dim <= 128 else 16, 32, 4, 2)
     if head_dim > 128:
-        return AttentionConfig(block_r, 32, 4, 2)
+        return AttentionConfig(block_r, 16, 4, 2)  # with 32 keys registers spill
     if num_rows >= 16384:
         return AttentionConfig(128, 64, 4, 2)
     return AttentionConfig(block_r, 64, 4, 3)
