@@ -1,79 +1,24 @@
 """Every op of the kernels' door in the sizes of a model: arguments, and the bytes and operations it cannot do without.
 
 Knows no clock. A case makes its arguments anew each time it is asked, so that its caller can have many sets of them.
+`kv_cases` has those of quantized caches.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lmtool import kernels
+from lmtool.bench.kernel_maker import Arguments, Case, Maker
+from lmtool.bench.kv_cases import kv_cases, kv_prefill_case
 from lmtool.bench.shapes import Product, products
 from lmtool.engine.kv_cache import BLOCK_SIZE
 from lmtool.kernels.layout import POSITION
 from lmtool.kernels.w4_layout import GROUP_SIZES
-from lmtool.models.config import ModelConfig
 from lmtool.models.random import fill_w4_
 
 _EPS = 1e-5
-Arguments = tuple[Any, ...]
-
-
-def _result_alone(result: Any, arguments: Arguments) -> Any:
-    return result
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """An op on ``rows`` rows. num_bytes: each input read once, each output written once.
-
-    compared(result, arguments after the call) → the tensors that must be right; library(*arguments): the same product
-    by torch, where there is one.
-    """
-
-    op: str
-    group: str
-    detail: str
-    rows: int
-    make: Callable[[], Arguments]
-    num_bytes: float
-    flops: float = 0.0
-    compared: Callable[[Any, Arguments], Any] = _result_alone
-    library: Callable[..., Tensor] | None = None
-
-    @property
-    def name(self) -> str:
-        return " ".join(word for word in (self.op, self.detail, f"b{self.rows}") if word)
-
-
-@dataclass(frozen=True, slots=True)
-class Maker:
-    """Random operands of one dtype on one device; never zeros, which are multiplied faster."""
-
-    model: ModelConfig
-    dtype: torch.dtype
-    device: torch.device
-    context: int
-
-    def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(shape, dtype=dtype or self.dtype, device=self.device).normal_(0, scale)
-
-    def full(self, rows: int, value: float, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.full((rows,), value, dtype=dtype, device=self.device)
-
-    def cache(self, num_sequences: int) -> tuple[Tensor, Tensor, Tensor]:
-        """K and V for sequences of ``context`` tokens in scattered blocks, and their block tables."""
-        width = -(-self.context // BLOCK_SIZE)
-        shape = (self.model.num_kv_heads, num_sequences * width + 1, BLOCK_SIZE, self.model.head_dim)
-        tables = torch.randperm(num_sequences * width, device=self.device) + 1
-        return self.normal(*shape), self.normal(*shape), tables.view(num_sequences, width).int()
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        return 2 * self.model.num_kv_heads * self.model.head_dim * self.dtype.itemsize
 
 
 def cases(maker: Maker, rows: Sequence[int]) -> Iterator[Case]:
@@ -84,9 +29,11 @@ def cases(maker: Maker, rows: Sequence[int]) -> Iterator[Case]:
         yield from norm_cases(maker, count)
         yield rope_case(maker, count)
         yield from decode_cases(maker, count)
+        yield from kv_cases(maker, count)
         yield from sample_cases(maker, count)
         yield from step_cases(maker, count)
     yield prefill_case(maker)
+    yield kv_prefill_case(maker)
 
 
 # ---------------------------------------------------------------------- products
@@ -292,4 +239,4 @@ def step_cases(maker: Maker, rows: int) -> Iterator[Case]:
     yield Case("advance_", "step", "", rows, advance, changed, compared=lambda _, after: (after[1], after[3]))
 
 
-GROUPS = ("linear", "w4", "norm", "rope", "attention", "sample", "step")
+GROUPS = ("linear", "w4", "norm", "rope", "attention", "kv", "sample", "step")

@@ -13,7 +13,8 @@ from torch import Tensor
 from lmtool import kernels
 from lmtool.bench import limits, outputs, timing
 from lmtool.bench.checks import TOLERANCE, relative_error
-from lmtool.bench.kernel_cases import GROUPS, Arguments, Case, Maker, cases
+from lmtool.bench.kernel_cases import GROUPS, cases
+from lmtool.bench.kernel_maker import Arguments, Case, Maker
 from lmtool.bench.report import Report, make_console, make_report, show
 from lmtool.bench.shapes import find_shape
 from lmtool.engine.device import choose_device, choose_dtype, free_bytes
@@ -168,6 +169,10 @@ def _copies(arguments: Arguments, *, widen: bool) -> Arguments:
     def copy(part: Any) -> Any:
         if isinstance(part, Tensor):
             return part.float() if widen and part.dtype in (torch.float16, torch.bfloat16) else part.clone()
+        if isinstance(part, kernels.QuantizedKv):  # its scales are float16 by its form
+            return part._replace(**{name: getattr(part, name).clone() for name in ("k", "v", "k_meta", "v_meta")})
+        if isinstance(part, kernels.BlockPieces):  # it holds addresses of its tensors
+            return kernels.block_pieces([copy(one) for one in part.tensors])
         if isinstance(part, tuple):
             made = [copy(one) for one in part]
             return type(part)(*made) if hasattr(part, "_fields") else tuple(made)

@@ -11,7 +11,8 @@ import torch
 
 from lmtool import cli, kernels
 from lmtool.bench import kernel_session, limits, shapes
-from lmtool.bench.kernel_cases import GROUPS, Case, Maker, cases
+from lmtool.bench.kernel_cases import GROUPS, cases
+from lmtool.bench.kernel_maker import Case, Maker
 from lmtool.bench.kernel_session import check
 from lmtool.errors import KernelError, MemoryShortError
 from lmtool.kernels import dispatch
@@ -50,6 +51,8 @@ def test_every_op_is_right_in_every_dtype(kind: str, dtype: torch.dtype) -> None
     torch.manual_seed(0)
     with kernels.force(kind), torch.inference_mode():
         for case in cases(_maker(dtype), [3]):
+            if kind == "triton" and case.group == "kv":
+                continue  # minutes in the interpreter, and tests/kernels has them
             error = check(case, case.make(), dtype)
             assert error < (1e-5 if dtype == torch.float32 else 2e-3)
 

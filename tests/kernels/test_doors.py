@@ -8,8 +8,9 @@ import pytest
 
 from lmtool import kernels
 
-FAMILIES = ("activation", "attention", "kv", "linear", "norm", "rotary", "sampling", "step", "w4")
+FAMILIES = ("activation", "attention", "blocks", "kv", "linear", "norm", "rotary", "sampling", "step", "w4")
 NOT_OPS = {
+    "BlockPieces",
     "DecodePlan",
     "KV_BLOCK",
     "KV_SCHEMES",
@@ -18,6 +19,7 @@ NOT_OPS = {
     "StepRows",
     "W4_LARGEST_GROUP",
     "W4Tiles",
+    "block_pieces",
     "compile_ahead",
     "empty_kv",
     "empty_w4",
