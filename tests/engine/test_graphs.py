@@ -17,7 +17,7 @@ from lmtool.errors import MemoryShortError
 from lmtool.models.decoder import Decoder
 from lmtool.models.random import random_decoder
 from tests.engine.test_device_runner import PROMPTS, REQUESTS, SAMPLED, SPECIAL, overflows
-from tests.support import TINY, all_logits, check_equal, request, run_all, tiny_core, tiny_decoder
+from tests.support import NEAR_TIE, TINY, all_logits, check_equal, request, run_all, tiny_core, tiny_decoder
 
 pytestmark = pytest.mark.gpu
 
@@ -72,6 +72,25 @@ def test_answers_are_the_cpus(cuda_graphs, settings, decoder, alone, on_gpu) -> 
     core = gpu_core(on_gpu, cuda_graphs=cuda_graphs, **settings)
     check_equal(alone, run_all(core, REQUESTS), decoder, PROMPTS)
     check_equal(alone, run_all(core, REQUESTS), decoder, PROMPTS)
+    core.scheduler.blocks.check_integrity([])
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "k8v4", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("settings", [{}, {"max_batched_tokens": 64}], ids=str)
+def test_answers_over_a_quantized_cache_are_the_cpus(settings, dtype, kv_dtype, decoder) -> None:  # noqa: ANN001
+    """float16 goes through the kernel without conversions, float32 through the general ones. A rounding apart, a code
+    may be its neighbour: near ties are half precision's in both."""
+    core = gpu_core(gpu_decoder(dtype), kv_dtype=kv_dtype, **settings)
+    for _ in range(2):  # then over the blocks that the first run left behind
+        compared = total = 0
+        for i, answer in run_all(core, REQUESTS).items():
+            logits = all_logits(decoder, [*PROMPTS[i], *answer], kv_dtype=kv_dtype)[len(PROMPTS[i]) - 1 : -1]
+            top = torch.topk(logits, 2)
+            sure = top.values[:, 0] - top.values[:, 1] > NEAR_TIE[torch.float16]  # both were fed the answer's tokens
+            assert torch.equal(top.indices[sure, 0], torch.tensor(answer)[sure])
+            compared, total = compared + int(sure.sum()), total + len(answer)
+        assert compared >= 0.5 * total, f"only {compared} of {total} steps could be compared"
     core.scheduler.blocks.check_integrity([])
 
 
