@@ -98,9 +98,9 @@ def empty_kv(
     device: torch.device,
     parameters: tuple[Tensor, Tensor] | None = None,
 ) -> QuantizedKv:
-    """A cache that holds nothing yet. parameters: of 'static', its k_meta and v_meta.
+    """A cache that holds nothing yet, and may hold anything. parameters: of 'static', its k_meta and v_meta.
 
-    What was never written is not read as a number that could be infinite: metas begin as zeros.
+    Raises KernelError for parameters that are missing or of another shape.
     """
     shapes = kv_shapes(scheme, num_heads, num_blocks, head_dim)
     k, v = (torch.empty(shapes[name], dtype=torch.uint8, device=device) for name in ("k", "v"))

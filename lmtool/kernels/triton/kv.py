@@ -13,10 +13,10 @@ from lmtool.kernels.triton.kv_write import kv_copy_kernel, kv_store_kernel
 from lmtool.kernels.triton.launch import dependent_launch
 from lmtool.kernels.triton.paged import quantized
 from lmtool.kernels.triton.prefill import launch_prefill
+from lmtool.kernels.triton.rotary import query_heads
 
-_COPIES_AT_ONCE = (
-    528  # K and V of a head each: four programs of eight warps for each multiprocessor of the largest card
-)
+# programs for K and as many for V: four of each for every multiprocessor of the largest card
+_COPIES_AT_ONCE = 528
 
 
 def kv_store(
@@ -30,9 +30,7 @@ def kv_store(
 ) -> Tensor:
     num_kv_heads, head_dim = cache.num_heads, cache.head_dim
     num_tokens, width = qkv.shape
-    num_q_heads = width // head_dim - 2 * num_kv_heads
-    if width % head_dim or num_q_heads < 1:
-        raise KernelError(f"kv_store: qkv of width {width} does not hold heads of {head_dim} beside {num_kv_heads}")
+    num_q_heads = query_heads("kv_store", width, num_kv_heads, head_dim)
     if cache.scheme == "int4":
         raise KernelError("kv_store: a block becomes 'int4' when it is full; its tokens go into an 'int8' cache")
     q = torch.empty((num_tokens, num_q_heads, head_dim), dtype=qkv.dtype, device=qkv.device)

@@ -41,11 +41,10 @@ from lmtool.kernels.triton.kv_scores import (
 )
 from lmtool.kernels.triton.kv_values import add_values, ask_values, averages, of_channels, scaled
 from lmtool.kernels.triton.launch import HOPPER, allow_next, arch, dependent_launch, wait_for_previous
-from lmtool.kernels.triton.paged import check
+from lmtool.kernels.triton.paged import LOG2_E, check
 from lmtool.kernels.triton.plan import plan_decode
 from lmtool.kernels.triton.w4_mma import keep_order
 
-_LOG2_E = 1.4426950408889634
 _WITH_THE_INSTRUCTION = 80  # mma.m16n8k16
 _COLUMNS = 8
 # so that twelve warps fit on a multiprocessor: by itself the compiler takes 190 for four bits
@@ -384,7 +383,7 @@ def kv_attention_decode(
         partial,
         tops,
         out,
-        scale * _LOG2_E,
+        scale * LOG2_E,
         cache.num_blocks,
         last.num_blocks,
         block_tables.shape[1],

@@ -97,6 +97,14 @@ def _rope_store_kernel(
             tl.store(v_cache_ptr + o_cache, v.to(v_cache_ptr.dtype.element_ty), mask=mask)
 
 
+def query_heads(op: str, width: int, num_kv_heads: int, head_dim: int) -> int:
+    """How many there are in rows of q, k and v of this width. Raises KernelError where they hold no whole heads."""
+    num_q_heads = width // head_dim - 2 * num_kv_heads
+    if width % head_dim or num_q_heads < 1:
+        raise KernelError(f"{op}: qkv of width {width} does not hold heads of {head_dim} beside {num_kv_heads}")
+    return num_q_heads
+
+
 def rope_store(
     qkv: Tensor,
     cos_sin: Tensor,
@@ -109,9 +117,7 @@ def rope_store(
 ) -> Tensor:
     num_kv_heads, num_blocks, block_size, head_dim = k_cache.shape
     num_tokens, width = qkv.shape
-    num_q_heads = width // head_dim - 2 * num_kv_heads
-    if width % head_dim or num_q_heads < 1:
-        raise KernelError(f"rope_store: qkv of width {width} does not hold heads of {head_dim} beside {num_kv_heads}")
+    num_q_heads = query_heads("rope_store", width, num_kv_heads, head_dim)
     q = torch.empty((num_tokens, num_q_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     if num_tokens == 0:
         return q
