@@ -18,7 +18,7 @@ import torch
 from lmtool import kernels
 from lmtool.bench.shapes import find_shape
 from lmtool.checkpoint.engine_file import ENGINE_FILE, engine_file_text
-from lmtool.checkpoint.formats import MANIFEST
+from lmtool.checkpoint.manifest import MANIFEST
 from lmtool.checkpoint.tensor_file import TensorFile
 from lmtool.checkpoint.workspace import FORMAT_VERSION, Manifest, SourceEntry
 from lmtool.config import EngineConfig

@@ -60,3 +60,10 @@ class EngineError(LmtoolError):
 
 class KernelError(LmtoolError):
     pass
+
+
+def _below(kind: type[LmtoolError]) -> list[type[LmtoolError]]:
+    return [kind, *(found for one in kind.__subclasses__() for found in _below(one))]
+
+
+BY_NAME = {kind.__name__: kind for kind in _below(LmtoolError)}  # for errors that cross a process's border

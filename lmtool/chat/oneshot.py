@@ -12,9 +12,9 @@ from typing import Any, TextIO
 from lmtool.chat.backend import Backend, Delta, Message
 from lmtool.chat.escape import neutralise
 from lmtool.chat.stats import TurnStats
-from lmtool.chat.thinking import OPEN, ThinkSplitter
 from lmtool.config import GenerationConfig
 from lmtool.errors import InputError
+from lmtool.tokenizer.thinking import OPEN, ThinkSplitter
 
 
 def read_question(prompt: str | None, stdin: TextIO) -> str | None:

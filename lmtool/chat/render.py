@@ -15,7 +15,7 @@ from lmtool.chat.blocks import BlockSplitter
 from lmtool.chat.escape import neutralise
 from lmtool.chat.markdown import ChatMarkdown
 from lmtool.chat.screen import LiveRegion, rows
-from lmtool.chat.thinking import ThinkSplitter
+from lmtool.tokenizer.thinking import ThinkSplitter
 
 REFRESH_S = 0.06
 _WAIT_S = 0.3  # an answer that begins sooner needs no "reading …"

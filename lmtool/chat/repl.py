@@ -17,8 +17,8 @@ from lmtool.chat.screen import without_echo
 from lmtool.chat.session import Session, Turn
 from lmtool.chat.settings import Settings
 from lmtool.chat.stats import TurnStats
-from lmtool.chat.thinking import OPEN
 from lmtool.errors import InputError, LmtoolError
+from lmtool.tokenizer.thinking import OPEN
 
 EXIT_OK, EXIT_INTERRUPTED = 0, 130
 _TWICE_S = 2.0  # a Ctrl-C this soon after the one that stopped an answer means: leave

@@ -9,8 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lmtool.checkpoint.formats import workspace_of
 from lmtool.checkpoint.kv_parameters import has_kv_parameters
+from lmtool.checkpoint.manifest import workspace_of
 from lmtool.config import EngineConfig
 from lmtool.errors import ConfigError
 

@@ -9,11 +9,9 @@ from typing import Any, Protocol
 
 import torch
 
+from lmtool.checkpoint.manifest import MANIFEST, PICKLE_SUFFIXES, workspace_of
 from lmtool.checkpoint.staging import StoredTensor
 from lmtool.errors import CheckpointError
-
-MANIFEST = "lmtool.json"  # what makes a folder a workspace
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,13 +148,6 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.suffix in PICKLE_SUFFIXES:
         raise _pickle_error(path)
     raise CheckpointError(f"{path} is neither a folder nor a .gguf file", "give the folder that holds config.json")
-
-
-def workspace_of(path: Path) -> Path:
-    """The workspace that a path names: itself, or the folder around ``triton_models/weights`` (LMDeploy's layout)."""
-    if path.parts[-2:] == ("triton_models", "weights") and (path.parents[1] / MANIFEST).exists():
-        return path.parents[1]
-    return path
 
 
 def _pickle_error(path: Path) -> CheckpointError:

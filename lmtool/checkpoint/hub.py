@@ -53,7 +53,7 @@ def resolve_model(
 
     Raises CheckpointError saying what was tried.
     """
-    from lmtool.checkpoint.formats import workspace_of
+    from lmtool.checkpoint.manifest import workspace_of
 
     path = workspace_of(Path(name).expanduser())
     if name and path.exists():

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lmtool.checkpoint.formats import workspace_of
+from lmtool.checkpoint.manifest import workspace_of
 from lmtool.checkpoint.writer import write_tensors
 from lmtool.errors import CheckpointError
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lmtool import kernels
-from lmtool.checkpoint.formats import MANIFEST, PackedInt4, PackedInt8, StoredW4
+from lmtool.checkpoint.formats import PackedInt4, PackedInt8, StoredW4
+from lmtool.checkpoint.manifest import MANIFEST
 from lmtool.checkpoint.reader import DTYPE_NAMES, open_shard, tensor_starts
 from lmtool.checkpoint.staging import StoredTensor
 from lmtool.checkpoint.tensor_file import checksum, tensor_bytes

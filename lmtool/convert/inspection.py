@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from lmtool.checkpoint.formats import Checkpoint, open_checkpoint, workspace_of
+from lmtool.checkpoint.formats import Checkpoint, open_checkpoint
+from lmtool.checkpoint.manifest import workspace_of
 from lmtool.checkpoint.workspace import CONVERT_AGAIN, Workspace
 from lmtool.convert.progress import Progress, silent
 from lmtool.convert.whole import check_weights

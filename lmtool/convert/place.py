@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lmtool.checkpoint.formats import MANIFEST, PICKLE_SUFFIXES
+from lmtool.checkpoint.manifest import MANIFEST, PICKLE_SUFFIXES
 from lmtool.errors import CheckpointError, ConfigError, InputError
 
 _WEIGHTS = (".safetensors", *PICKLE_SUFFIXES)

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmtool.checkpoint.formats import PackedInt4, PackedInt8, open_checkpoint, workspace_of
+from lmtool.checkpoint.formats import PackedInt4, PackedInt8, open_checkpoint
 from lmtool.checkpoint.gguf_blocks import BLOCK, q4_1_blocks, q8_0_blocks
 from lmtool.checkpoint.gguf_config import BLOCK_NAMES, INTERLEAVED_ROPE, ROPE_FREQS, TOP_NAMES
+from lmtool.checkpoint.manifest import workspace_of
 from lmtool.checkpoint.workspace import Workspace
 from lmtool.convert import compare
 from lmtool.convert.gguf_metadata import ARCHITECTURES, add_model, add_tokenizer, rope_freqs

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmtool.checkpoint.formats import PackedInt8, open_checkpoint, workspace_of
+from lmtool.checkpoint.formats import PackedInt8, open_checkpoint
+from lmtool.checkpoint.manifest import workspace_of
 from lmtool.checkpoint.packing import pack_awq
 from lmtool.checkpoint.quantized import head_parts
 from lmtool.checkpoint.reader import INDEX, SINGLE

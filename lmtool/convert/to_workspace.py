@@ -12,7 +12,8 @@ import xxhash
 
 from lmtool import __version__
 from lmtool.checkpoint.engine_file import ENGINE_FILE, engine_file_text
-from lmtool.checkpoint.formats import MANIFEST, PICKLE_SUFFIXES, Checkpoint, open_checkpoint
+from lmtool.checkpoint.formats import Checkpoint, open_checkpoint
+from lmtool.checkpoint.manifest import MANIFEST, PICKLE_SUFFIXES
 from lmtool.checkpoint.tensor_file import TensorFile
 from lmtool.checkpoint.workspace import FORMAT_VERSION, Manifest, SourceEntry, TensorEntry, WeightEntry, Workspace
 from lmtool.checkpoint.writer import write_text

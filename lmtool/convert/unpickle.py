@@ -15,7 +15,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from lmtool.checkpoint.formats import PICKLE_SUFFIXES
+from lmtool.checkpoint.manifest import PICKLE_SUFFIXES
 from lmtool.checkpoint.tensor_file import TensorFile
 from lmtool.checkpoint.workspace import check_tensor_name
 from lmtool.convert.place import temporary_folder

@@ -5,8 +5,6 @@
 ...     print(pipe("What is the capital of France?", GenerationConfig(temperature=0)).text)
 """
 
-import itertools
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,8 +16,8 @@ from lmtool.checkpoint.hub import resolve_model
 from lmtool.config import EngineConfig, GenerationConfig
 from lmtool.engine.async_engine import AsyncEngine
 from lmtool.engine.counters import Counters
-from lmtool.engine.detokenizer import Detokenizer
 from lmtool.engine.graphs import StartProgress
+from lmtool.engine.requests import RequestMaker, default_generation
 from lmtool.engine.response import Answers, Response
 from lmtool.engine.sequence import Request
 from lmtool.engine.setup import LoadedEngine, load_engine
@@ -46,7 +44,7 @@ class Pipeline:
         self.tokenizer = tokenizer
         self.loaded = loaded
         self._engine = AsyncEngine(loaded.core)
-        self._request_ids = itertools.count()
+        self._maker = RequestMaker(tokenizer, session_len=loaded.plan.session_len, vocab_size=loaded.model.vocab_size)
 
     # ------------------------------------------------------------------ what it is
     @property
@@ -66,12 +64,7 @@ class Pipeline:
     @property
     def default_generation(self) -> dict[str, Any]:
         """Sampling defaults of the checkpoint's generation_config.json, under `GenerationConfig`'s names."""
-        stored = self.loaded.generation_defaults
-        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-        found = {name: stored[name] for name in names if isinstance(stored.get(name), int | float)}
-        if stored.get("do_sample") is False:
-            found["temperature"] = 0.0
-        return found
+        return default_generation(self.loaded.generation_defaults)
 
     @property
     def counters(self) -> Counters:
@@ -106,7 +99,7 @@ class Pipeline:
 
     def stream(self, requests: Sequence[Request]) -> Answers:
         """As `stream_infer`, for requests that `request` made of token ids."""
-        return Answers(self._engine, requests, self._detokenizer)
+        return Answers(self._engine, requests, self._maker.detokenizer)
 
     def session(self, system: str | None = None) -> Session:
         """A conversation that has not begun. It needs no closing: in the cache it makes room for others."""
@@ -124,46 +117,13 @@ class Pipeline:
     def _default_config(self) -> GenerationConfig:
         return GenerationConfig(**self.default_generation)
 
-    def _detokenizer(self, config: GenerationConfig) -> Detokenizer:
-        return Detokenizer(self.tokenizer, config.stop, config.skip_special_tokens)
-
     def _request(self, prompt: Prompt, config: GenerationConfig) -> Request:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         return self.request(self.tokenizer.chat_ids(messages), config)
 
     def request(self, prompt_ids: Sequence[int], config: GenerationConfig) -> Request:
         """A request of this engine, checked. Raises RequestError."""
-        if not prompt_ids:
-            raise RequestError("the prompt is empty", "give at least one token")
-        if len(prompt_ids) >= self.session_len:
-            raise RequestError(
-                f"the prompt has {len(prompt_ids)} tokens, the context holds {self.session_len} with the answer",
-                "shorten it or raise --session-len",
-            )
-        vocab_size = self.loaded.model.vocab_size
-        for what, ids in (
-            ("prompt", prompt_ids),
-            ("--logit-bias", config.logit_bias),
-            ("--stop-token-ids", config.stop_token_ids),
-        ):
-            outside = [i for i in ids if not 0 <= i < vocab_size]
-            if outside:
-                raise RequestError(f"{what}: token id {outside[0]} is outside the vocabulary of {vocab_size}")
-        stop_ids = frozenset(config.stop_token_ids) | (frozenset() if config.ignore_eos else self.tokenizer.eos_ids)
-        return Request(
-            request_id=next(self._request_ids),
-            prompt_ids=tuple(prompt_ids),
-            params=config,
-            stop_ids=stop_ids,
-            seed=config.seed if config.seed is not None else secrets.randbits(63),
-            bad_ids=self._bad_ids(config.bad_words),
-        )
-
-    def _bad_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """Each word as it stands at a beginning and after a space: a tokenizer writes the two differently."""
-        spellings = [spelling for word in words for spelling in (word, " " + word.lstrip())]
-        encoded = (tuple(self.tokenizer.encode(text, add_special=False)) for text in spellings)
-        return tuple(dict.fromkeys(ids for ids in encoded if ids))
+        return self._maker.request(prompt_ids, config)
 
     # ------------------------------------------------------------------ life
     def close(self) -> None:

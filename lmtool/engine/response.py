@@ -56,7 +56,7 @@ class Response:
             setattr(self, name, getattr(part, name))
 
 
-class _Answer:
+class Answer:
     """One request on its way: engine outputs in, `Response` pieces out."""
 
     def __init__(self, index: int, request: Request, detokenizer: Detokenizer, started: float) -> None:
@@ -65,32 +65,41 @@ class _Answer:
         self._detokenizer = detokenizer
         self._started = started
         self._num_generated = 0
+        self._num_cached = 0
         self._first_token_s: float | None = None
 
-    def take(self, output: TokenOutput) -> Response:
-        """Raises the error that ended the request."""
-        if output.error is not None:
-            raise output.error
+    def take(self, outputs: Sequence[TokenOutput]) -> Response:
+        """The piece that these outputs are, in their order. Raises the error that ended the request.
+
+        What comes after a stop text is no part of it: the caller then ends the request.
+        """
+        text, token_ids, logprobs, finish_reason = "", [], [], None
         now = time.perf_counter() - self._started
-        finish_reason = output.finish_reason
-        text, token_ids = "", []
-        if output.token_id is not None:
-            self._first_token_s = self._first_token_s or now
-            self._num_generated += 1
-            token_ids.append(output.token_id)
-            if not (finish_reason == "stop" and output.token_id in self.request.stop_ids):
-                text = self._detokenizer.push(token_ids)
-        if finish_reason is not None:
-            text += self._detokenizer.flush()
-        if self._detokenizer.stopped:
-            finish_reason = "stop"
+        for output in outputs:
+            if output.error is not None:
+                raise output.error
+            finish_reason = output.finish_reason
+            self._num_cached = output.num_cached_tokens or self._num_cached
+            if output.logprob is not None:
+                logprobs.append(output.logprob)
+            if output.token_id is not None:
+                self._first_token_s = self._first_token_s or now
+                token_ids.append(output.token_id)
+                if not (finish_reason == "stop" and output.token_id in self.request.stop_ids):
+                    text += self._detokenizer.push((output.token_id,))
+            if finish_reason is not None:
+                text += self._detokenizer.flush()
+            if self._detokenizer.stopped:
+                finish_reason = "stop"
+                break
+        self._num_generated += len(token_ids)
         return Response(
             index=self.index,
             text=text,
             token_ids=token_ids,
-            logprobs=[output.logprob] if output.logprob is not None else None,
+            logprobs=logprobs or None,
             num_prompt_tokens=len(self.request.prompt_ids),
-            num_cached_tokens=output.num_cached_tokens,
+            num_cached_tokens=self._num_cached,
             num_generated_tokens=self._num_generated,
             finish_reason=finish_reason,
             time_to_first_token_s=self._first_token_s,
@@ -108,7 +117,7 @@ class Answers(Iterator[Response]):
         self._outputs: queue.SimpleQueue[TokenOutput] = queue.SimpleQueue()
         started = time.perf_counter()
         self._open = {
-            request.request_id: _Answer(index, request, detokenizer(request.params), started)
+            request.request_id: Answer(index, request, detokenizer(request.params), started)
             for index, request in enumerate(requests)
         }
         for request in requests:
@@ -122,7 +131,7 @@ class Answers(Iterator[Response]):
                 continue
             if output.finish_reason is not None:
                 del self._open[output.request_id]
-            part = answer.take(output)
+            part = answer.take((output,))
             if part.finish_reason is not None and output.finish_reason is None:
                 del self._open[output.request_id]
                 self._engine.abort(output.request_id)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lmtool.checkpoint.formats import MANIFEST, open_checkpoint, workspace_of
+from lmtool.checkpoint.formats import open_checkpoint
 from lmtool.checkpoint.kv_parameters import (
     GRANULARITIES,
     LAST_NORM,
@@ -19,6 +19,7 @@ from lmtool.checkpoint.kv_parameters import (
     check_last_norm,
     write_kv_parameters,
 )
+from lmtool.checkpoint.manifest import MANIFEST, workspace_of
 from lmtool.checkpoint.reader import read_json
 from lmtool.errors import CheckpointError, ConfigError
 from lmtool.models.loader import last_norm, read_model_config

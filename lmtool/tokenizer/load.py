@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lmtool.checkpoint.formats import MANIFEST, open_checkpoint, workspace_of
 from lmtool.checkpoint.gguf_file import GgufFile
+from lmtool.checkpoint.manifest import MANIFEST, workspace_of
 from lmtool.errors import TokenizerError
 from lmtool.tokenizer import bpe, chat_template, sentencepiece_model, tiktoken_model
 from lmtool.tokenizer.tokenizer import Tokenizer
@@ -30,6 +30,8 @@ def load_tokenizer(path: Path, *, chat_template: str | None = None) -> Tokenizer
     """
     path = workspace_of(path)
     if path.is_file() and path.suffix != ".gguf":
+        from lmtool.checkpoint.formats import open_checkpoint  # brings torch
+
         open_checkpoint(path)  # refuses every such file, and says what to do with each kind
     return _from_gguf(path, chat_template) if path.suffix == ".gguf" else _from_folder(path, chat_template)
 

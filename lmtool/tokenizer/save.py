@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lmtool.checkpoint.formats import MANIFEST
+from lmtool.checkpoint.manifest import MANIFEST
 from lmtool.errors import TokenizerError
 from lmtool.tokenizer.bpe import BpeVocabulary
 from lmtool.tokenizer.sentencepiece_model import SentencePieceVocabulary

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from lmtool.chat.blocks import BlockSplitter, parser
 from lmtool.chat.escape import neutralise, without_controls
-from lmtool.chat.thinking import ThinkSplitter, split
+from lmtool.tokenizer.thinking import ThinkSplitter, split
 
 MARKDOWN = st.lists(
     st.sampled_from(

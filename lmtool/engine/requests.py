@@ -1,0 +1,75 @@
+"""The one place where token ids and a `GenerationConfig` become a `Request`: everything about them is checked here.
+
+For `Pipeline` and for a server's HTTP process, which has the tokenizer but neither torch nor the engine.
+"""
+
+import itertools
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lmtool.config import GenerationConfig
+from lmtool.engine.detokenizer import Detokenizer
+from lmtool.engine.sequence import Request
+from lmtool.errors import RequestError
+from lmtool.tokenizer import Tokenizer
+
+_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+def default_generation(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Sampling defaults of a checkpoint's generation_config.json, under `GenerationConfig`'s names."""
+    found = {name: stored[name] for name in _DEFAULTS if isinstance(stored.get(name), int | float)}
+    if stored.get("do_sample") is False:
+        found["temperature"] = 0.0
+    return found
+
+
+class RequestMaker:
+    """Makes the requests of one engine, with ids of their own. Thread-safe.
+
+    session_len: the longest prompt + answer, tokens. vocab_size: of the model; ids must lie below it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, session_len: int, vocab_size: int) -> None:
+        self.tokenizer = tokenizer
+        self.session_len = session_len
+        self.vocab_size = vocab_size
+        self._ids = itertools.count()
+
+    def request(self, prompt_ids: Sequence[int], config: GenerationConfig) -> Request:
+        """Raises RequestError where the prompt does not fit the context or an id is not in the vocabulary."""
+        if not prompt_ids:
+            raise RequestError("the prompt is empty", "give at least one token")
+        if len(prompt_ids) >= self.session_len:
+            raise RequestError(
+                f"the prompt has {len(prompt_ids)} tokens, the context holds {self.session_len} with the answer",
+                "shorten it or raise --session-len",
+            )
+        for what, ids in (
+            ("prompt", prompt_ids),
+            ("--logit-bias", config.logit_bias),
+            ("--stop-token-ids", config.stop_token_ids),
+        ):
+            outside = [i for i in ids if not 0 <= i < self.vocab_size]
+            if outside:
+                raise RequestError(f"{what}: token id {outside[0]} is outside the vocabulary of {self.vocab_size}")
+        stop_ids = frozenset(config.stop_token_ids) | (frozenset() if config.ignore_eos else self.tokenizer.eos_ids)
+        return Request(
+            request_id=next(self._ids),
+            prompt_ids=tuple(prompt_ids),
+            params=config,
+            stop_ids=stop_ids,
+            seed=config.seed if config.seed is not None else secrets.randbits(63),
+            bad_ids=self._bad_ids(config.bad_words),
+        )
+
+    def detokenizer(self, config: GenerationConfig) -> Detokenizer:
+        """Of one answer."""
+        return Detokenizer(self.tokenizer, config.stop, config.skip_special_tokens)
+
+    def _bad_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Each word as it stands at a beginning and after a space: a tokenizer writes the two differently."""
+        spellings = [spelling for word in words for spelling in (word, " " + word.lstrip())]
+        encoded = (tuple(self.tokenizer.encode(text, add_special=False)) for text in spellings)
+        return tuple(dict.fromkeys(ids for ids in encoded if ids))
