@@ -53,6 +53,7 @@ def request(request_id: int, prompt_ids: Sequence[int], **settings: object) -> R
     settings = {"temperature": 0.0, "ignore_eos": True, **settings}
     stop_ids = frozenset(settings.get("stop_token_ids", ()))  # type: ignore[call-overload]
     bad_ids = settings.pop("bad_ids", ())
+    after = settings.pop("after", None)
     return Request(
         request_id=request_id,
         prompt_ids=tuple(prompt_ids),
@@ -60,6 +61,7 @@ def request(request_id: int, prompt_ids: Sequence[int], **settings: object) -> R
         stop_ids=stop_ids,
         seed=int(settings.get("seed") or 0),  # type: ignore[call-overload]
         bad_ids=bad_ids,  # type: ignore[arg-type]
+        after=after,  # type: ignore[arg-type]
     )
 
 

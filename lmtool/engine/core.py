@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lmtool.engine.batch import Batch
 from lmtool.engine.executor import Executor, Pending
+from lmtool.engine.held import Held
 from lmtool.engine.scheduler import Scheduler
 from lmtool.engine.sequence import Request, Sequence, TokenLogprob
 from lmtool.errors import EngineError, LmtoolError
@@ -39,6 +40,7 @@ class EngineCore:
         self.session_len = session_len
         self._executor = executor
         self._sequences: dict[int, Sequence] = {}
+        self._held = Held()
         self._launched: deque[_Launched] = deque()  # and not read yet, oldest first
         self._last_read = 0.0
 
@@ -48,17 +50,29 @@ class EngineCore:
         return self.scheduler.has_work
 
     def add(self, request: Request) -> None:
+        leader = self._sequences.get(request.after) if request.after is not None else None
         sequence = Sequence(request, max_tokens=self.session_len)
         self._sequences[request.request_id] = sequence
-        self.scheduler.add(sequence)
+        if leader is not None and not leader.num_generated_tokens:
+            self._held.add(sequence, leader.request.request_id)
+        else:
+            self.scheduler.add(sequence)
 
     def abort(self, request_id: int) -> TokenOutput | None:
         """End a request at once; None where it is unknown or already over."""
         sequence = self._sequences.pop(request_id, None)
         if sequence is None:
             return None
-        self.scheduler.abort(sequence)
+        if sequence in self._held:
+            self._held.remove(sequence)
+        else:
+            self.scheduler.abort(sequence)
+        self._release(request_id)
         return TokenOutput(request_id, None, "abort", num_cached_tokens=sequence.num_cached_tokens)
+
+    def _release(self, request_id: int) -> None:
+        """Its first token is there, or it has ended: whoever comes after it may start."""
+        self.scheduler.add_first(self._held.release(request_id))
 
     def step(self) -> list[TokenOutput]:
         """Launch one step, then read the oldest one if more than the executor's depth are launched.
@@ -118,10 +132,12 @@ class EngineCore:
         if sequence.finish_reason == "error":
             fix = "its weights are damaged, or try --dtype bfloat16 or float32"
             return self._end(sequence, EngineError("the model's logits are not numbers", fix))
+        request_id = sequence.request.request_id
         if sequence.finish_reason is not None:
-            del self._sequences[sequence.request.request_id]
+            del self._sequences[request_id]
+        self._release(request_id)
         return TokenOutput(
-            sequence.request.request_id,
+            request_id,
             sequence.token_ids[-1],
             sequence.finish_reason,
             logprob,
@@ -129,8 +145,10 @@ class EngineCore:
         )
 
     def _end(self, sequence: Sequence, error: LmtoolError) -> TokenOutput:
-        del self._sequences[sequence.request.request_id]
-        return TokenOutput(sequence.request.request_id, None, "error", error=error)
+        request_id = sequence.request.request_id
+        del self._sequences[request_id]
+        self._release(request_id)
+        return TokenOutput(request_id, None, "error", error=error)
 
     def close(self) -> None:
         self._launched.clear()

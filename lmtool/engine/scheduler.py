@@ -12,6 +12,7 @@ A sequence whose beginning is on the host (`host_tier`) leaves the queue until i
 """
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from lmtool.engine.batch import Batch, Chunk, CopiesDone, Join, StepOutput
@@ -79,6 +80,10 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
+
+    def add_first(self, sequences: Iterable[Sequence]) -> None:
+        """They came before those who wait here, but could not start until now."""
+        self.waiting.extendleft(reversed(list(sequences)))
 
     def abort(self, sequence: Sequence) -> None:
         """End it at once, whatever it is doing; its blocks are free when this returns, or their load has landed."""

@@ -15,6 +15,8 @@ class Request:
     stop_ids   end the answer; they are part of ``token_ids`` but not of its text
     bad_ids    sequences that are never completed in the answer
     seed       always set: the front door draws one where the user gave none
+    after      a request before whose first token this one does not start, or before it has ended: the choices of one
+               prompt, all but the first after it, so share what it has computed
     """
 
     request_id: int
@@ -23,6 +25,7 @@ class Request:
     stop_ids: frozenset[int]
     seed: int
     bad_ids: tuple[tuple[int, ...], ...] = ()
+    after: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,6 +55,8 @@ prompts = st.lists(st.integers(0, 1), min_size=1, max_size=20)
 jobs = st.lists(st.tuples(prompts, st.integers(1, 15), st.integers(0, 12)), min_size=1, max_size=12)
 # stops after some token (or never), and bans that can be worked out only when the token before is known
 stops = st.lists(st.integers(0, 49), max_size=12)
+# the one it comes after: any, itself, one that is not there (yet)
+leaders = st.lists(st.none() | st.integers(0, 12), max_size=12)
 # the bans never come true here (the executor ignores them): they hold a sequence back until its token is read
 late_bans = st.sets(st.integers(0, 11))
 
@@ -80,6 +82,8 @@ def expected_until_stop(prompt: list[int], count: int, stop_ids: list[int]) -> l
     landing=st.tuples(st.integers(0, 2**32), st.sampled_from([0.0, 0.3, 1.0])),
     broken_copies=st.sets(st.integers(0, 60)),
     load_bytes_per_s=st.sampled_from([0.0, float("inf")]),
+    leaders=leaders,
+    broken_steps=st.just(set()) | st.sets(st.integers(0, 60), max_size=2),
 )
 @settings(max_examples=300, deadline=None)
 def test_every_answer_is_what_it_would_be_alone(
@@ -97,9 +101,12 @@ def test_every_answer_is_what_it_would_be_alone(
     landing: tuple[int, float],
     broken_copies: set[int],
     load_bytes_per_s: float,
+    leaders: list[int | None],
+    broken_steps: set[int],
 ) -> None:
     """Random arrivals, aborts, stops, budgets and caches too small for all, steps launched before others are read,
-    blocks that leave for the host and come back late or not at all: nothing mixes, nothing leaks."""
+    steps that break, requests that come after others, blocks that leave for the host and come back late or not at all:
+    nothing mixes, nothing leaks, nobody is forgotten."""
     random = Random(landing[0])
     core = make_core(
         num_blocks,
@@ -113,26 +120,39 @@ def test_every_answer_is_what_it_would_be_alone(
         load_bytes_per_s=load_bytes_per_s,
     )
     answers: dict[int, list[int]] = {i: [] for i in range(len(jobs))}
-    aborted = set()
+    cut = set()  # by an abort or a step that broke
+    begun: list[int] = []  # who had a token or an end, in that order
+    held: dict[int, int] = {}  # who was to wait for whom
     late = {i: arrival for i, (_, _, arrival) in enumerate(jobs)}
     step = 0
     while core.has_work or late:
         for i in [i for i, arrival in late.items() if arrival <= step]:
             bad_ids = ((7, 8),) if i in banned else ()
-            core.add(request(i, jobs[i][0], max_new_tokens=jobs[i][1], stop_token_ids=stop_ids, bad_ids=bad_ids))
+            after = leaders[i] if i < len(leaders) else None
+            settings = {"max_new_tokens": jobs[i][1], "stop_token_ids": stop_ids, "bad_ids": bad_ids, "after": after}
+            core.add(request(i, jobs[i][0], **settings))
             del late[i]
+            if after is not None and after != i and after < len(jobs) and after not in late and after not in begun:
+                held[i] = after
         for i, when in aborts:
             if when == step and core.abort(i) is not None:
-                aborted.add(i)
+                cut.add(i)
+                begun.append(i)
         core._executor.fail_next_copy = step in broken_copies  # type: ignore[attr-defined]
+        core._executor.fail_next = step in broken_steps  # type: ignore[attr-defined]
         if core.has_work:
-            collect(core.step(), answers)
+            outputs = core.step()
+            begun += [output.request_id for output in outputs]
+            cut |= {output.request_id for output in outputs if output.error is not None}
+            collect([output for output in outputs if output.error is None], answers)
         check(core)
         step += 1
         assert step < 3000, "the engine does not finish"
     for i, (prompt, count, _) in enumerate(jobs):
         expected = expected_until_stop(prompt, count, stop_ids)
-        assert answers[i] == (expected[: len(answers[i])] if i in aborted else expected)
+        assert answers[i] == (expected[: len(answers[i])] if i in cut else expected)
+    assert set(begun) == set(range(len(jobs)))
+    assert all(begun.index(leader) < begun.index(i) or i in cut for i, leader in held.items())
     blocks = core.scheduler.blocks
     assert blocks.num_free == num_blocks - 1
     assert blocks.host.num_pinned == 0
@@ -297,3 +317,60 @@ def test_preempted_while_its_tokens_are_on_the_way(depth: int) -> None:
             on_the_way += sum(s.num_inflight_tokens for s in core.scheduler.waiting)
         assert answers == {i: expected_answer(*job) for i, job in jobs.items()}
     assert depth == 1 or on_the_way > 0  # with a depth of one they are read in the same step
+
+
+# ---------------------------------------------------------------------- one after another
+@pytest.mark.parametrize("depth", [0, 1])
+def test_the_choices_of_one_prompt_compute_it_once(depth: int) -> None:
+    """A prompt of three full blocks and a rest: the blocks are computed and held once, the rest by each."""
+    core = make_core(40, batch=4, budget=64, depth=depth)
+    prompt = [1, 0, 1, 1, 0, 0, 1, 0, 1, 1, 1, 1, 0, 1]
+    choices = [request(i, prompt, max_new_tokens=6, after=None if i == 0 else 0) for i in range(4)]
+    for one in choices:
+        core.add(one)
+    most, answers = 0, {i: list[int]() for i in range(4)}
+    while core.has_work:
+        collect(core.step(), answers)
+        most = max(most, 39 - core.scheduler.blocks.num_free)
+        check(core)
+    assert answers == dict.fromkeys(range(4), expected_answer(prompt, 6))
+    assert core.scheduler.counters.num_prompt_tokens - core.scheduler.counters.num_cached_tokens == 14 + 3 * 2
+    assert most == 3 + 4 * 2  # each has a rest and an answer of its own: 8 tokens of which one is never computed
+
+
+def test_who_comes_after_starts_before_those_who_came_later() -> None:
+    core = make_core(40, batch=1, budget=64)
+    for i, after in enumerate((None, 0, 0, None)):
+        core.add(request(i, [1, i], max_new_tokens=3, after=after))
+    order = []
+    while core.has_work:
+        order += [o.request_id for o in core.step() if o.finish_reason]
+    assert order == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("how", ["aborted", "broken"])
+def test_whatever_becomes_of_the_first_the_others_start(how: str) -> None:
+    core = make_core(40, batch=1, budget=64)
+    for i, after in enumerate((None, 0, 0, 1)):
+        core.add(request(i, [1, 0, i], max_new_tokens=2, after=after))
+    if how == "aborted":
+        core.abort(2)  # one that waits: nobody else notices
+        core.abort(0)
+    else:
+        core._executor.fail_next = True  # type: ignore[attr-defined]
+        assert [o.finish_reason for o in core.step()] == ["error"]
+    answers: dict[int, list[int]] = {i: [] for i in range(4)}
+    while core.has_work:
+        collect(core.step(), answers)
+    check(core)
+    ended = {0, 2} if how == "aborted" else {0}
+    assert answers == {i: [] if i in ended else expected_answer([1, 0, i], 2) for i in range(4)}
+
+
+def test_after_one_that_is_not_there_or_has_begun_means_at_once() -> None:
+    core = make_core(40, batch=4, budget=64)
+    core.add(request(0, [1], max_new_tokens=9))
+    core.step()
+    for i, after in enumerate((0, 77, -5, 4), 1):
+        core.add(request(i, [1, i], max_new_tokens=1, after=after))
+    assert {o.request_id for o in core.step() + core.step()} == {0, 1, 2, 3, 4}
