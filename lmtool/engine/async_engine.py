@@ -12,13 +12,14 @@ from lmtool.engine.sequence import Request
 from lmtool.errors import EngineError, LmtoolError
 
 Callback = Callable[[TokenOutput], None]
+Errand = Callable[[EngineCore], None]
 
 
 class AsyncEngine:
     def __init__(self, core: EngineCore) -> None:
         self._core = core
         self._wake = threading.Condition()
-        self._inbox: deque[tuple[Request, Callback] | int] = deque()
+        self._inbox: deque[tuple[Request, Callback] | Errand | int] = deque()
         self._callbacks: dict[int, Callback] = {}
         self._closing = False
         self._broken: LmtoolError | None = None
@@ -32,10 +33,12 @@ class AsyncEngine:
 
     def abort(self, request_id: int) -> None:
         """End a request; its callback gets a last call with finish_reason 'abort'. Harmless when it is over."""
-        with self._wake:
-            if self._broken is None and not self._closing:
-                self._inbox.append(request_id)
-                self._wake.notify()
+        self._post_if_open(request_id)
+
+    def call(self, errand: Errand) -> None:
+        """Have this done by the engine's thread, between two steps; it must neither block nor raise. Never done where
+        the engine is closed or broken."""
+        self._post_if_open(errand)
 
     def close(self) -> None:
         """End all requests with an error and let go of the model."""
@@ -44,6 +47,12 @@ class AsyncEngine:
             self._wake.notify()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+
+    def _post_if_open(self, item: Errand | int) -> None:
+        with self._wake:
+            if self._broken is None and not self._closing:
+                self._inbox.append(item)
+                self._wake.notify()
 
     def _post(self, item: tuple[Request, Callback]) -> None:
         with self._wake:
@@ -80,6 +89,8 @@ class AsyncEngine:
                 output = self._core.abort(item)
                 if output is not None:
                     self._deliver(output)
+            elif callable(item):
+                item(self._core)
             else:
                 self._callbacks[item[0].request_id] = item[1]
                 self._core.add(item[0])
@@ -95,7 +106,7 @@ class AsyncEngine:
         with self._wake:
             self._broken = reason
             for item in self._inbox:
-                if not isinstance(item, int):
+                if isinstance(item, tuple):
                     self._callbacks[item[0].request_id] = item[1]
             self._inbox.clear()
         for request_id, callback in list(self._callbacks.items()):

@@ -28,14 +28,15 @@ def default_generation(stored: Mapping[str, Any]) -> dict[str, Any]:
 class RequestMaker:
     """Makes the requests of one engine, with ids of their own. Thread-safe.
 
-    session_len: the longest prompt + answer, tokens. vocab_size: of the model; ids must lie below it.
+    session_len: the longest prompt + answer, tokens. vocab_size: of the model; ids must lie below it. first_id: where
+    several make requests of one engine, far enough from the others'.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, session_len: int, vocab_size: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, session_len: int, vocab_size: int, first_id: int = 0) -> None:
         self.tokenizer = tokenizer
         self.session_len = session_len
         self.vocab_size = vocab_size
-        self._ids = itertools.count()
+        self._ids = itertools.count(first_id)
 
     def request(self, prompt_ids: Sequence[int], config: GenerationConfig) -> Request:
         """Raises RequestError where the prompt does not fit the context or an id is not in the vocabulary."""

@@ -63,6 +63,7 @@ class Scheduler:
         swap_cost: SwapCost | None = None,
     ) -> None:
         self.blocks = blocks
+        self.max_batch_size = max_batch_size
         self.max_batched_tokens = max_batched_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -204,7 +205,8 @@ class Scheduler:
             batch.positions.append(start)
             flight.decodes.append(part)
         else:
-            batch.chunks.append(Chunk(sequence.slot, start, sequence.token_ids[start:end].tolist(), samples))
+            token_ids = sequence.token_ids[start:end].tolist()
+            batch.chunks.append(Chunk(sequence.slot, start, token_ids, samples, sequence.scored(start, end)))
             flight.chunks.append(part)
         sequence.num_computed_tokens = end
         sequence.num_inflight_tokens += samples
@@ -239,6 +241,9 @@ class Scheduler:
         flight = self._flights.popleft()
         assert flight.batch is batch, "steps are finished in the order in which they were scheduled"
         self.counters.num_steps += 1
+        for chunk, part in zip(batch.chunks, flight.chunks, strict=True):
+            if chunk.scored is not None and part.sequence.finish_reason is None:
+                part.sequence.take_scores(chunk.scored.first, output.prompt_logprobs[chunk.slot])
         touched: list[Sequence | None] = []
         token_ids = iter(output.token_ids)
         for part in flight.parts:
@@ -255,7 +260,7 @@ class Scheduler:
             touched.append(None if over else sequence)
             if over:
                 continue
-            if token_id < 0:
+            if token_id < 0 or not (sequence.num_generated_tokens or sequence.has_sound_scores):
                 sequence.finish_reason = "error"
                 self._leave(sequence, keep=False)
             else:

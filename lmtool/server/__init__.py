@@ -1,0 +1,1 @@
+"""HTTP in front of the engine, which runs in a process of its own. Knows neither torch nor the scheduler."""

@@ -1,0 +1,68 @@
+"""What a server may be told: `ServerConfig`. Frozen; messages name the flag. Knows no engine."""
+
+from dataclasses import dataclass
+
+from lmtool.errors import ConfigError
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """
+    host, port           where it listens; port 0: a free one
+    model_names          what clients call the model: the first is what answers say, all are understood
+    api_keys             one of them is asked for on every route but /health and /ready; none: nobody is asked
+    allow_origins        of browsers' pages elsewhere (CORS); none: no page but its own
+    ssl_keyfile, ssl_certfile   for https
+    num_http_processes   that take requests, tokenize and write answers
+    max_queue            requests that may wait for a place in the batch; more are refused with 429
+    request_timeout_s    from a request's arrival to its end; 0: none
+    drain_timeout_s      how long answers that are under way may go on after SIGTERM
+    max_body_bytes       of a request
+    max_n, max_stop, max_stop_chars, max_prompts   bounds of what one request may ask for
+    max_sessions         conversations that are remembered for interactive chat and responses; the oldest go first
+    disable_docs         no OpenAPI page
+    log_requests         one line for each
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 23333
+    model_names: tuple[str, ...] = ("model",)
+    api_keys: tuple[str, ...] = ()
+    allow_origins: tuple[str, ...] = ()
+    ssl_keyfile: str | None = None
+    ssl_certfile: str | None = None
+    num_http_processes: int = 1
+    max_queue: int = 1024
+    request_timeout_s: float = 600.0
+    drain_timeout_s: float = 30.0
+    max_body_bytes: int = 8 << 20
+    max_n: int = 16
+    max_stop: int = 16
+    max_stop_chars: int = 256
+    max_prompts: int = 128
+    max_sessions: int = 10_000
+    disable_docs: bool = False
+    log_requests: bool = False
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, flag: str, value: object, wanted: str) -> None:
+            if not ok:
+                raise ConfigError(f"{flag} is {value!r}", f"give {wanted}")
+
+        check(0 <= self.port <= 65535, "--server-port", self.port, "0 (a free one) to 65535")
+        check(bool(self.model_names) and all(self.model_names), "--model-name", self.model_names, "a name")
+        check(all(self.api_keys), "--api-keys", "an empty key", "keys that are not empty")
+        check(1 <= self.num_http_processes <= 64, "--http-processes", self.num_http_processes, "1 to 64")
+        check(self.max_queue >= 0, "--max-queue", self.max_queue, "0 or more")
+        check(self.request_timeout_s >= 0, "--request-timeout", self.request_timeout_s, "seconds, or 0: none")
+        check(self.drain_timeout_s >= 0, "--drain-timeout", self.drain_timeout_s, "seconds, 0 or more")
+        check(self.max_body_bytes >= 1024, "--max-body-mb", self.max_body_bytes, "more")
+        if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
+            raise ConfigError("--ssl-keyfile and --ssl-certfile belong together", "give both or none")
+
+    @property
+    def is_public(self) -> bool:
+        """Others than this machine's users may reach it."""
+        return self.host not in LOOPBACK

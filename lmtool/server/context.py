@@ -1,0 +1,60 @@
+"""What the routes of one HTTP process share. No globals: `create_app` is given one, and hands it on."""
+
+import time
+from dataclasses import dataclass, field
+
+from lmtool.engine.requests import RequestMaker, default_generation
+from lmtool.server.config import ServerConfig
+from lmtool.server.engine_client import EngineClient
+from lmtool.server.errors import Refusal
+from lmtool.server.metrics import Metrics
+from lmtool.server.wire import EngineInfo
+from lmtool.tokenizer import Tokenizer
+
+_ID_BITS = 40  # of the requests of one HTTP process
+
+
+@dataclass(slots=True)
+class ServerContext:
+    """number: of this HTTP process among `config.num_http_processes`. draining: no new requests are taken."""
+
+    config: ServerConfig
+    engine: EngineClient
+    tokenizer: Tokenizer
+    number: int = 0
+    draining: bool = False
+    metrics: Metrics = field(default_factory=Metrics)
+    created: int = field(default_factory=lambda: int(time.time()))
+    _maker: RequestMaker | None = None
+
+    @property
+    def info(self) -> EngineInfo:
+        """Raises Refusal while there is no engine, or it is being drained."""
+        if self.draining:
+            raise Refusal(503, "the server is shutting down", "ask another one", retry_after_s=5)
+        if self.engine.info is None:
+            said = "is loading" if self.engine.loading is not None else "is being started again"
+            raise Refusal(503, f"the engine {said}", "ask again in a moment", retry_after_s=2)
+        return self.engine.info
+
+    @property
+    def maker(self) -> RequestMaker:
+        info = self.info
+        if self._maker is None:
+            first_id = self.number << _ID_BITS
+            self._maker = RequestMaker(
+                self.tokenizer, session_len=info.session_len, vocab_size=info.vocab_size, first_id=first_id
+            )
+        return self._maker
+
+    def default_generation(self) -> dict[str, float]:
+        """What the checkpoint recommends."""
+        return default_generation(self.info.generation_defaults)
+
+    def admit(self, num_requests: int) -> None:
+        """Raises Refusal 429 where as many wait as may wait."""
+        room = self.info.max_batch_size + self.config.max_queue
+        if self.engine.num_open + num_requests > -(-room // self.config.num_http_processes):
+            raise Refusal(
+                429, f"{self.engine.num_open} requests are open already", "ask again in a moment", retry_after_s=1
+            )

@@ -1,0 +1,82 @@
+"""The engine's process: `python -m lmtool.server.engine_process`, started by `supervisor` with its orders on stdin.
+
+It listens from the start on the socket it inherits, says how far loading is, and serves until stdin ends or SIGTERM: an
+engine never outlives the server it belongs to. Exit code 2 where what was given cannot be used, 1 where it broke.
+"""
+
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+
+import msgspec
+
+from lmtool import log
+from lmtool.config import EngineConfig
+from lmtool.engine.async_engine import AsyncEngine
+from lmtool.engine.setup import LoadedEngine, load_engine
+from lmtool.errors import EngineError, LmtoolError
+from lmtool.server.engine_server import EngineServer
+from lmtool.server.orders import Orders
+from lmtool.server.wire import EngineInfo, Failure, Loading, Refused
+
+
+def main() -> int:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group: the server decides when we end
+    orders = msgspec.json.decode(sys.stdin.buffer.readline(), type=Orders)
+    log.setup()
+    if orders.verbose:
+        log.be_verbose()
+    over = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: over.set())
+    threading.Thread(target=_wait_for_end_of_stdin, args=(over,), daemon=True).start()
+    server = EngineServer(socket.socket(fileno=orders.listener_fd))
+    try:
+        loaded = load_engine(
+            Path(orders.path),
+            EngineConfig(**orders.engine),
+            lambda what, done, total: server.say(Loading(what, done, total)),
+        )
+    except LmtoolError as error:
+        return _refuse(server, error)
+    except Exception as error:  # whatever it was: the server is to say it
+        return _refuse(server, EngineError(f"the engine cannot start: {type(error).__name__}: {error}"))
+    engine = AsyncEngine(loaded.core)
+    server.serve(engine, _info(orders.name, loaded))
+    over.wait()
+    server.close()
+    engine.close()
+    return 0
+
+
+def _wait_for_end_of_stdin(over: threading.Event) -> None:
+    sys.stdin.buffer.read()
+    over.set()
+
+
+def _refuse(server: EngineServer, error: LmtoolError) -> int:
+    server.say(Refused(Failure.of(error)))
+    server.close()
+    return error.exit_code
+
+
+def _info(name: str, loaded: LoadedEngine) -> EngineInfo:
+    plan, scheduler = loaded.plan, loaded.core.scheduler
+    return EngineInfo(
+        description=(
+            f"{name} · {loaded.weights} on {loaded.device} · context {plan.session_len} tokens · "
+            f"loaded in {loaded.load_s:.1f} s"
+        ),
+        session_len=plan.session_len,
+        vocab_size=loaded.model.vocab_size,
+        max_batch_size=scheduler.max_batch_size,
+        num_blocks=scheduler.blocks.num_blocks,
+        block_size=scheduler.blocks.block_size,
+        load_s=loaded.load_s,
+        generation_defaults=dict(loaded.generation_defaults),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""Requests of one HTTP request on their way: admitted, sent to the engine, read as pieces of text, ended when nobody
+reads on. The one way from a route to the engine.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from types import TracebackType
+from typing import Self
+
+from lmtool.engine.core import TokenOutput
+from lmtool.engine.response import Answer, Response
+from lmtool.engine.sequence import Request
+from lmtool.server.context import ServerContext
+from lmtool.server.errors import Refusal
+
+
+class Answers:
+    """``async with Answers(context, requests) as answers: async for piece in answers``: `Response` pieces, whose
+    ``index`` says which request they belong to. Leaving the block ends what is still running.
+
+    Raises Refusal (429, 503) when it is made, and while reading LmtoolError: what ended a request ends them all.
+    """
+
+    def __init__(self, context: ServerContext, requests: Sequence[Request]) -> None:
+        context.admit(len(requests))
+        self._context = context
+        started = time.perf_counter()
+        self._answers = {
+            request.request_id: Answer(index, request, context.maker.detokenizer(request.params), started)
+            for index, request in enumerate(requests)
+        }
+        timeout_s = context.config.request_timeout_s
+        self._deadline = asyncio.get_running_loop().time() + timeout_s if timeout_s else None
+        self._stream = context.engine.submit(requests)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.abort()
+
+    async def __aiter__(self) -> AsyncIterator[Response]:
+        while self._answers:
+            for piece in self._pieces(await self._read()):
+                yield piece
+
+    async def whole(self) -> list[Response]:
+        """Every answer to its end, by index."""
+        found = [Response(index=i) for i in range(len(self._answers))]
+        async for piece in self:
+            found[piece.index].extend(piece)
+        return found
+
+    async def _read(self) -> list[TokenOutput]:
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                return await self._stream.read()
+        except TimeoutError:
+            seconds = self._context.config.request_timeout_s
+            raise Refusal(504, f"the answer took longer than {seconds:g} s", "ask for less", code="timeout") from None
+
+    def _pieces(self, outputs: list[TokenOutput]) -> list[Response]:
+        """One piece for each request that got something: tokens that came together are one piece."""
+        sorted_out: dict[int, list[TokenOutput]] = {}
+        for output in outputs:
+            sorted_out.setdefault(output.request_id, []).append(output)
+        pieces = []
+        for request_id, own in sorted_out.items():
+            answer = self._answers.get(request_id)
+            if answer is None:  # tokens that were on their way when a stop text ended it
+                continue
+            piece = answer.take(own)
+            if piece.finish_reason is not None:
+                del self._answers[request_id]
+                self._stream.abort(request_id)
+            pieces.append(piece)
+        return pieces

@@ -1,0 +1,81 @@
+"""A server's engine and its context in the test's own process, over the real wire: a tiny random model behind
+SmolLM2's tokenizer."""
+
+import contextlib
+import socket
+import tempfile
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lmtool.checkpoint.hub import resolve_model
+from lmtool.engine.async_engine import AsyncEngine
+from lmtool.engine.core import EngineCore
+from lmtool.server.config import ServerConfig
+from lmtool.server.context import ServerContext
+from lmtool.server.engine_client import EngineClient
+from lmtool.server.engine_server import EngineServer
+from lmtool.server.wire import EngineInfo
+from lmtool.tokenizer import load_tokenizer
+from tests.support import TINY, tiny_core, tiny_decoder
+
+
+class EngineInThread:
+    """What `engine_process` is, without a process. path: where it listens."""
+
+    def __init__(self, core: EngineCore) -> None:
+        self.core = core
+        self._folder = tempfile.TemporaryDirectory()
+        self.path = Path(self._folder.name) / "engine"
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(self.path))
+        listener.listen()
+        self._listener = listener
+        self.server = EngineServer(listener)
+        self.engine = AsyncEngine(core)
+        blocks = core.scheduler.blocks
+        self.server.serve(
+            self.engine,
+            EngineInfo(
+                description="tiny",
+                session_len=core.session_len,
+                vocab_size=49152,
+                max_batch_size=4,
+                num_blocks=blocks.num_blocks,
+                block_size=blocks.block_size,
+                load_s=0.0,
+                generation_defaults={},
+            ),
+        )
+
+    def close(self) -> None:
+        self.server.close()
+        self.engine.close()
+        self._listener.close()
+        self._folder.cleanup()
+
+
+def smollm2_tokenizer() -> Any:
+    return load_tokenizer(resolve_model("smollm2-135m"))
+
+
+def tiny_engine(**settings: Any) -> EngineInThread:
+    decoder = tiny_decoder(replace(TINY, vocab_size=49152))
+    return EngineInThread(tiny_core(decoder, **{"session_len": 512, "num_blocks": 64, **settings}))
+
+
+@contextlib.asynccontextmanager
+async def tiny_context(engine: EngineInThread | None = None, **config: Any) -> AsyncIterator[ServerContext]:
+    """A context whose engine is ready. config: of `ServerConfig`."""
+    own = engine is None
+    engine = engine or tiny_engine()
+    client = EngineClient(engine.path)
+    client.start()
+    try:
+        await client.ready()
+        yield ServerContext(ServerConfig(**{"model_names": ("tiny",), **config}), client, smollm2_tokenizer())
+    finally:
+        await client.close()
+        if own:
+            engine.close()
