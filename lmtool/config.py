@@ -179,6 +179,7 @@ class GenerationConfig:
     stop                 texts that end the answer; they are not part of it
     stop_token_ids       ids that end the answer, besides the model's own
     logprobs             how many alternatives to report for each token; None: none, 0: the chosen token only
+    prompt_logprobs      the same for each token of the prompt after its first
     """
 
     max_new_tokens: int | None = None
@@ -197,6 +198,7 @@ class GenerationConfig:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
@@ -231,4 +233,6 @@ class GenerationConfig:
         check(all(self.stop), "stop", "texts that are not empty")
         check(all(self.bad_words), "bad_words", "texts that are not empty")
         check(all(math.isfinite(v) for v in self.logit_bias.values()), "logit_bias", "finite numbers")
-        check(self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", f"0 to {MAX_LOGPROBS}")
+        for name in ("logprobs", "prompt_logprobs"):
+            number = getattr(self, name)
+            check(number is None or 0 <= number <= MAX_LOGPROBS, name, f"0 to {MAX_LOGPROBS}")

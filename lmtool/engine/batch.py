@@ -5,7 +5,7 @@ A running sequence owns a *slot*: a row of the runner's tables. The scheduler se
 
 from dataclasses import dataclass, field
 
-from lmtool.engine.sequence import Request, TokenLogprob
+from lmtool.engine.sequence import Request, Scored, TokenLogprob
 
 
 @dataclass(slots=True)
@@ -25,6 +25,7 @@ class Chunk:
     start: int
     token_ids: list[int]
     samples: bool
+    scored: Scored | None = None
 
 
 @dataclass(slots=True)
@@ -77,10 +78,11 @@ class Batch:
 
 @dataclass(slots=True)
 class StepOutput:
-    """One token per sampled slot, -1 where its logits were not numbers; logprobs for the slots that asked."""
+    """One token per sampled slot, -1 where its logits were not numbers; by slot, what was asked besides."""
 
     token_ids: list[int]
     logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
+    prompt_logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

@@ -17,7 +17,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class TokenOutput:
-    """What one step gave one request. ``token_id`` is None where the request ends without a token."""
+    """What one step gave one request. ``token_id`` is None where the request ends without a token.
+
+    prompt_logprobs   with the first token, where they were asked for: of the prompt's tokens from its second on
+    """
 
     request_id: int
     token_id: int | None
@@ -25,6 +28,7 @@ class TokenOutput:
     logprob: TokenLogprob | None = None
     num_cached_tokens: int = 0
     error: LmtoolError | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,13 +140,16 @@ class EngineCore:
         if sequence.finish_reason is not None:
             del self._sequences[request_id]
         self._release(request_id)
-        return TokenOutput(
+        output = TokenOutput(
             request_id,
             sequence.token_ids[-1],
             sequence.finish_reason,
             logprob,
             sequence.num_cached_tokens,
         )
+        if sequence.prompt_logprobs is not None and sequence.num_generated_tokens == 1:
+            output.prompt_logprobs = tuple(sequence.prompt_logprobs)
+        return output
 
     def _end(self, sequence: Sequence, error: LmtoolError) -> TokenOutput:
         request_id = sequence.request.request_id

@@ -5,7 +5,6 @@ CPU it does the same work at once, which is how it is tested there. Knows no que
 """
 
 import logging
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -17,39 +16,22 @@ from lmtool.engine.batch import Batch, Chunk, Done, Join, StepOutput
 from lmtool.engine.block_copies import HostCopies
 from lmtool.engine.device_state import DeviceState
 from lmtool.engine.executor import Pending
-from lmtool.engine.extras import LogitExtras, RowLogprob
+from lmtool.engine.extras import LogitExtras
 from lmtool.engine.graphs import Graphs, StartProgress, bucket_sizes
 from lmtool.engine.host_memory import HostPlan
 from lmtool.engine.inputs import lay_out
 from lmtool.engine.kv_cache import CachePlan, allocate_cache
+from lmtool.engine.launched import Launched
+from lmtool.engine.prompt_logprobs import Scores, score, scored_rows
 from lmtool.engine.prompt_rows import BUCKETS, MOST_SEQUENCES, MOST_TOKENS, PromptRows
-from lmtool.engine.sequence import Request
-from lmtool.engine.transfer import download, upload
+from lmtool.engine.sequence import Request, Scored
+from lmtool.engine.transfer import upload
 from lmtool.layers.context import AttentionContext
 from lmtool.models.decoder import Decoder
 
 _log = logging.getLogger(__name__)
 # prompt lengths that between them use every variant of the kernels
 _WARM_UP_LENGTHS = (1, 2, 4, 8, 16, 32, 64, 512, 4096)
-
-
-@dataclass(slots=True)
-class _Launched:
-    """Copies of what comes out, on their way to the host; ``arrived`` is None where they are there."""
-
-    ids: Tensor
-    arrived: torch.cuda.Event | None
-    slots: list[int]
-    logprobs: dict[int, RowLogprob] = field(default_factory=dict)
-
-    def read(self) -> StepOutput:
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        output = StepOutput(self.ids.tolist())
-        if self.logprobs:
-            token_of = dict(zip(self.slots, output.token_ids, strict=True))
-            output.logprobs = {slot: row.report(token_of[slot]) for slot, row in self.logprobs.items()}
-        return output
 
 
 class DeviceRunner(HostCopies):
@@ -110,7 +92,7 @@ class DeviceRunner(HostCopies):
             self._state.write(*upload(changes, self.device))
         if self._extras.concerns(slots, batch.bans):
             return self._decode_with_extras(batch)
-        return self._launched(self._graphs.run(len(slots))[: len(slots)], slots)
+        return Launched.on_its_way(self._graphs.run(len(slots))[: len(slots)], slots)
 
     def _decode_rows(self, num_rows: int) -> Tensor:
         """The step that is captured: ids [num_rows] of the sequences whose slots stand in the first rows."""
@@ -127,7 +109,7 @@ class DeviceRunner(HostCopies):
         state = self._state
         rows = state.rows[: len(batch.decodes)]
         hidden, sampling = self._forward_rows(rows)
-        return self._sample(hidden, rows, sampling, batch.decodes, batch.bans)
+        return self._sample(hidden, rows, sampling, batch)
 
     def _forward_rows(self, rows: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         state = self._state
@@ -145,7 +127,7 @@ class DeviceRunner(HostCopies):
 
     # ------------------------------------------------------------------ a few short prompts
     def _has_graph(self, batch: Batch) -> bool:
-        special = self._extras.concerns(batch.sampled_slots, batch.bans)
+        special = self._extras.concerns(batch.sampled_slots, batch.bans) or any(c.scored for c in batch.chunks)
         return self._prompt_graphs.captured and self._prompts.fits(batch) and not special
 
     def _few_prompts(self, batch: Batch) -> Pending:
@@ -155,7 +137,7 @@ class DeviceRunner(HostCopies):
         if changes:
             state.write(*changes)
         self._prompts.write(packed)
-        return self._launched(self._prompt_graphs.run(len(rows.prompt_ids))[: len(slots)], slots)
+        return Launched.on_its_way(self._prompt_graphs.run(len(rows.prompt_ids))[: len(slots)], slots)
 
     def _prompt_rows(self, num_rows: int) -> Tensor:
         """The step that is captured: ids of the sequences whose prompts end in it, in their order."""
@@ -182,7 +164,8 @@ class DeviceRunner(HostCopies):
         state = self._state
         num_decodes = len(batch.decodes)
         rows = lay_out(batch, state.host_tables, state.block_size)
-        sampled_slots = batch.sampled_slots
+        sampled_slots, scored = batch.sampled_slots, scored_rows(batch)
+        num_sampled = len(sampled_slots)
         arrays = [
             rows.prompt_ids,
             rows.positions,
@@ -190,11 +173,12 @@ class DeviceRunner(HostCopies):
             rows.seq_slots,
             rows.seq_lens,
             rows.cu_seqlens,
-            rows.sampled_rows,
+            np.concatenate((rows.sampled_rows, scored.rows)),
+            scored.target_ids,
             np.asarray(sampled_slots, dtype=np.int32),
         ]
         there = upload(arrays + state.changes(), self.device)
-        prompt_ids, positions, addresses, seq_slots, seq_lens, cu_seqlens, sampled_rows, sampled = there[:8]
+        prompt_ids, positions, addresses, seq_slots, seq_lens, cu_seqlens, wanted, target_ids, sampled = there[:9]
         if len(there) > len(arrays):
             state.write(*there[len(arrays) :])
         ids = prompt_ids
@@ -213,16 +197,23 @@ class DeviceRunner(HostCopies):
             max_seqlen_q=rows.max_chunk,
             plan=plan,
         )
-        hidden = self.decoder.forward(ids, context, self._caches, sampled_rows)
-        if not sampled_slots:
-            return self._launched(ids[:0], [])
+        hidden = self.decoder.forward(ids, context, self._caches, wanted)
+        scores = score(self.decoder, hidden[num_sampled:], scored, target_ids) if len(scored) else None
+        if not num_sampled:
+            return Launched.on_its_way(ids[:0], [], scores=scores)
         step = kernels.step_rows(sampled, state.longs, state.words, state.tables, state.block_size)
-        return self._sample(hidden, sampled, step.sampling, sampled_slots, batch.bans)
+        return self._sample(hidden[:num_sampled], sampled, step.sampling, batch, scores)
 
     # ------------------------------------------------------------------ what comes out
     def _sample(
-        self, hidden: Tensor, rows: Tensor, sampling: tuple[Tensor, ...], slots: list[int], bans: list[tuple[int, int]]
+        self,
+        hidden: Tensor,
+        rows: Tensor,
+        sampling: tuple[Tensor, ...],
+        batch: Batch,
+        prompt_scores: Scores | None = None,
     ) -> Pending:
+        slots, bans = batch.sampled_slots, batch.bans
         scores = self.decoder.scores(hidden)
         special = self._extras.concerns(slots, bans)
         logits = scores
@@ -231,15 +222,8 @@ class DeviceRunner(HostCopies):
             self._extras.adjust_(logits, slots, bans)
         ids = kernels.sample(logits, *sampling)
         kernels.advance_(rows, ids, scores, self._state.longs)
-        return self._launched(ids, slots, self._extras.sampled(logits, ids, slots) if special else None)
-
-    def _launched(self, ids: Tensor, slots: list[int], logprobs: dict[int, RowLogprob] | None = None) -> Pending:
-        there = download(ids)
-        arrived = None
-        if self.device.type == "cuda":
-            arrived = torch.cuda.Event()
-            arrived.record()
-        return _Launched(there, arrived, slots, logprobs or {})
+        logprobs = self._extras.sampled(logits, ids, slots) if special else None
+        return Launched.on_its_way(ids, slots, logprobs, prompt_scores)
 
     # ------------------------------------------------------------------ before the first request
     def warm_up(self, *, max_batched_tokens: int, cuda_graphs: bool, progress: StartProgress | None = None) -> None:
@@ -248,17 +232,22 @@ class DeviceRunner(HostCopies):
         Only block 0, which belongs to nobody, is written to. Raises torch's OutOfMemoryError.
         """
         self.rehearse(max_batched_tokens)
+        # torch's own ops alone, which on the meta device would import a compiler
+        self.launch(_prompt_of(self._longest_chunk(max_batched_tokens), scored=True))
         if cuda_graphs and kernels.is_capturable(self.device, self.decoder.dtype, self.decoder.config.head_dim):
             with torch.inference_mode(), torch.cuda.device(self._index):
                 self._graphs.capture("decode steps", progress)
                 self._prompt_graphs.capture("short prompts", progress)
+
+    def _longest_chunk(self, max_batched_tokens: int) -> int:
+        return min(max_batched_tokens, self.plan.session_len)
 
     def rehearse(self, max_batched_tokens: int) -> None:
         """Steps that between them launch every variant of the kernels that a later one may need.
 
         On tensors of the meta device it tells `precompile` what these variants are.
         """
-        longest = min(max_batched_tokens, self.plan.session_len)
+        longest = self._longest_chunk(max_batched_tokens)
         self.launch(_prompt_of(1, repetition_penalty=2.0))  # what is asked of few has kernels of its own
         for length in (longest, *(length for length in _WARM_UP_LENGTHS if length < longest)):
             self.launch(_prompt_of(length))
@@ -271,7 +260,7 @@ class DeviceRunner(HostCopies):
             self._prompt_graphs.run_each()
 
 
-def _prompt_of(num_tokens: int, **params: float) -> Batch:
+def _prompt_of(num_tokens: int, *, scored: bool = False, **params: float) -> Batch:
     request = Request(
         request_id=-1,
         prompt_ids=(0,) * num_tokens,
@@ -279,4 +268,6 @@ def _prompt_of(num_tokens: int, **params: float) -> Batch:
         stop_ids=frozenset(),
         seed=0,
     )
-    return Batch(joins=[Join(0, request)], leaves=[0], chunks=[Chunk(0, 0, [0] * num_tokens, True)])
+    ids = [0] * num_tokens
+    chunk = Chunk(0, 0, ids, True, Scored(0, ids[1:], 1) if scored else None)
+    return Batch(joins=[Join(0, request)], leaves=[0], chunks=[chunk])

@@ -55,13 +55,13 @@ class Loads:
         """What was loaded for it, or what can be found; on the host only where loading is cheaper than computing."""
         if sequence.block_table:
             return Match(sequence.block_table, sequence.block_hashes, num_tokens=sequence.num_computed_tokens)
-        match = self._blocks.match(sequence.token_ids)
+        match = self._blocks.match(sequence.shareable_ids)
         if match.on_host:
             first, _ = match.on_host[0]
             num_tokens = match.num_tokens - first * self._blocks.block_size
             if not self._swap_cost.prefers_load(len(match.on_host), num_tokens):
                 self._blocks.release(match, sequence.token_ids)
-                return self._blocks.match(sequence.token_ids, from_host=False)
+                return self._blocks.match(sequence.shareable_ids, from_host=False)
         return match
 
     def put_back(self, sequence: Sequence, match: Match) -> None:

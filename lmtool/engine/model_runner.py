@@ -1,12 +1,14 @@
 """One rank on a CPU: decoder, cache, sampler; a step is over when it returns. Knows no queue and no HTTP."""
 
 import torch
+from torch import Tensor
 
 from lmtool.engine.batch import Batch, Done, StepOutput
 from lmtool.engine.block_copies import HostCopies
 from lmtool.engine.host_memory import HostPlan
 from lmtool.engine.inputs import SlotTables
 from lmtool.engine.kv_cache import CachePlan, allocate_cache
+from lmtool.engine.prompt_logprobs import score, scored_rows
 from lmtool.engine.sampler import Sampler
 from lmtool.errors import EngineError
 from lmtool.models.decoder import Decoder
@@ -36,10 +38,19 @@ class ModelRunner(HostCopies):
         if not batch.num_tokens:
             return StepOutput([])
         inputs = self._tables.build(batch)
-        hidden = self.decoder.forward(inputs.ids, inputs.context, self._caches, inputs.sampled_rows)
+        slots, scored = batch.sampled_slots, scored_rows(batch)
+        wanted = inputs.sampled_rows
+        if wanted is not None and len(scored):
+            wanted = torch.cat((wanted, torch.from_numpy(scored.rows)))
+        hidden = self.decoder.forward(inputs.ids, inputs.context, self._caches, wanted)
+        output = self._sample(hidden[: len(slots)], batch) if slots else StepOutput([])
+        if len(scored):
+            scores = score(self.decoder, hidden[len(slots) :], scored, torch.from_numpy(scored.target_ids))
+            output.prompt_logprobs = scores.report()
+        return output
+
+    def _sample(self, hidden: Tensor, batch: Batch) -> StepOutput:
         slots = batch.sampled_slots
-        if not slots:
-            return StepOutput([])
         logits = self.decoder.logits(hidden)
         if bool(logits.isnan().any()):
             raise EngineError("the model's logits are not numbers", "its weights are damaged, or try --dtype float32")

@@ -17,6 +17,7 @@ class Response:
     """An answer, or from `Pipeline.stream_infer` the next piece of it (``text`` and ``token_ids`` are then new only).
 
     finish_reason          'stop', 'length' (max_new_tokens), 'context' (the context is full), 'abort'; None: not yet
+    prompt_logprobs        of the prompt's tokens from its second on, where they were asked for; with the first piece
     num_cached_tokens      of the prompt, found in the prefix cache and not computed again
     time_to_first_token_s, duration_s   from the call, in seconds
     """
@@ -25,6 +26,7 @@ class Response:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_generated_tokens: int = 0
@@ -45,6 +47,8 @@ class Response:
         self.token_ids += part.token_ids
         if part.logprobs:
             self.logprobs = (self.logprobs or []) + part.logprobs
+        if part.prompt_logprobs is not None:
+            self.prompt_logprobs = part.prompt_logprobs
         for name in (
             "num_prompt_tokens",
             "num_cached_tokens",
@@ -98,6 +102,7 @@ class Answer:
             text=text,
             token_ids=token_ids,
             logprobs=logprobs or None,
+            prompt_logprobs=output.prompt_logprobs,
             num_prompt_tokens=len(self.request.prompt_ids),
             num_cached_tokens=self._num_cached,
             num_generated_tokens=self._num_generated,

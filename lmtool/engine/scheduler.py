@@ -13,37 +13,14 @@ A sequence whose beginning is on the host (`host_tier`) leaves the queue until i
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 from lmtool.engine.batch import Batch, Chunk, CopiesDone, Join, StepOutput
 from lmtool.engine.block_manager import BlockManager
 from lmtool.engine.counters import Counters
+from lmtool.engine.flight import Flight, Part
 from lmtool.engine.loads import Loads
 from lmtool.engine.sequence import Sequence
 from lmtool.engine.swap_cost import SwapCost
-
-
-@dataclass(slots=True)
-class _Part:
-    """A sequence's share of a launched step. life: its ``num_preemptions`` then; end: how much is computed after it."""
-
-    sequence: Sequence
-    life: int
-    end: int
-    samples: bool
-
-
-@dataclass(slots=True)
-class _Flight:
-    """A launched step: parts in the order of the batch's decodes and chunks."""
-
-    batch: Batch
-    decodes: list[_Part] = field(default_factory=list)
-    chunks: list[_Part] = field(default_factory=list)
-
-    @property
-    def parts(self) -> list[_Part]:
-        return self.decodes + self.chunks
 
 
 class Scheduler:
@@ -73,7 +50,7 @@ class Scheduler:
         self._join_group = join_group
         self._free_slots = list(range(max_batch_size - 1, -1, -1))
         self._left: list[int] = []  # slots given up since the last batch
-        self._flights: deque[_Flight] = deque()
+        self._flights: deque[Flight] = deque()
 
     @property
     def has_work(self) -> bool:
@@ -96,7 +73,7 @@ class Scheduler:
     def schedule(self) -> Batch:
         """The next step. Without tokens only when nothing waits or runs, or all of it waits for a step to be read or
         for a load to land."""
-        flight = _Flight(Batch())
+        flight = Flight(Batch())
         budget = self.max_batched_tokens
         # decodes come first by themselves: nobody starts behind a prompt that the budget has cut
         for sequence in [s for s in self.running if not self._must_wait(s)]:
@@ -130,7 +107,7 @@ class Scheduler:
         enough = min(self._join_group, len(self.waiting), len(self.running) + 1)
         return bool(batch.joins) or num_slots >= enough
 
-    def _continue(self, sequence: Sequence, budget: int, flight: _Flight) -> int:
+    def _continue(self, sequence: Sequence, budget: int, flight: Flight) -> int:
         count = min(sequence.num_uncomputed_tokens, budget)
         while not self._grow(sequence, sequence.num_computed_tokens + count, flight.batch):
             if self._reclaim():
@@ -142,7 +119,7 @@ class Scheduler:
         self._enter(sequence, count, flight)
         return count
 
-    def _start(self, sequence: Sequence, budget: int, flight: _Flight) -> int | None:
+    def _start(self, sequence: Sequence, budget: int, flight: Flight) -> int | None:
         """Tokens that it computes in this step, 0: its beginning is on the way; None: there are not enough blocks."""
         match = self.loads.find(sequence)
         count = min(sequence.num_tokens - match.num_tokens, budget)
@@ -192,11 +169,11 @@ class Scheduler:
         sequence.block_table.extend(new)
         return True
 
-    def _enter(self, sequence: Sequence, count: int, flight: _Flight, *, joined: bool = False) -> None:
+    def _enter(self, sequence: Sequence, count: int, flight: Flight, *, joined: bool = False) -> None:
         start = sequence.num_computed_tokens
         end = start + count
         samples = end == sequence.num_tokens
-        part = _Part(sequence, sequence.num_preemptions, end, samples)
+        part = Part(sequence, sequence.num_preemptions, end, samples)
         batch = flight.batch
         if samples and sequence.request.bad_ids:
             batch.bans.extend((sequence.slot, token_id) for token_id in sequence.banned_next())
@@ -211,7 +188,7 @@ class Scheduler:
         sequence.num_computed_tokens = end
         sequence.num_inflight_tokens += samples
 
-    def _preempt(self, victim: Sequence, flight: _Flight) -> None:
+    def _preempt(self, victim: Sequence, flight: Flight) -> None:
         assert all(part.sequence is not victim for part in flight.parts), "the youngest enters last"
         self._leave(victim, keep=False)  # its full blocks are found again; its open one is about to be taken
         victim.num_computed_tokens = victim.num_finished_tokens = 0

@@ -37,6 +37,15 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Prompt tokens whose logprobs a chunk brings: the row at position ``first`` tells of the first, and so on."""
+
+    first: int
+    target_ids: list[int]
+    num_top: int
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """Counters are of tokens.
@@ -45,6 +54,7 @@ class Sequence:
     num_inflight_tokens    sampled by steps that were launched and not yet read; they follow ``token_ids``
     num_computed_tokens    have K and V in ``block_table``'s blocks once every launched step has run
     num_finished_tokens    have it now: the steps that computed them were read
+    prompt_logprobs        of the prompt's second token and those after it, as far as they were read; None: not asked
     """
 
     request: Request
@@ -52,6 +62,7 @@ class Sequence:
     num_prompt_tokens: int = field(init=False)
     most_tokens: int = field(init=False)  # prompt and answer
     needs_known_tokens: bool = field(init=False)
+    prompt_logprobs: list[TokenLogprob] | None = field(init=False)
     max_tokens: int = 0
     num_inflight_tokens: int = 0
     num_computed_tokens: int = 0
@@ -70,6 +81,7 @@ class Sequence:
         self.most_tokens = self.max_tokens
         if max_new_tokens is not None:
             self.most_tokens = min(self.max_tokens, self.num_prompt_tokens + max_new_tokens)
+        self.prompt_logprobs = None if self.request.params.prompt_logprobs is None else []
         # a ban that depends on the token before it can be worked out only when that token is known
         self.needs_known_tokens = any(len(bad) > 1 for bad in self.request.bad_ids)
 
@@ -85,6 +97,32 @@ class Sequence:
     @property
     def num_uncomputed_tokens(self) -> int:
         return len(self.token_ids) + self.num_inflight_tokens - self.num_computed_tokens
+
+    @property
+    def shareable_ids(self) -> array[int]:
+        """K and V of all but the last of these may come from the cache. A position whose row is still to tell of the
+        token after it must be computed."""
+        known = self.num_prompt_tokens - 1 if self.prompt_logprobs is None else len(self.prompt_logprobs)
+        return self.token_ids if known == self.num_prompt_tokens - 1 else self.token_ids[: known + 1]
+
+    def scored(self, start: int, end: int) -> Scored | None:
+        """What a chunk of these positions is to tell of the prompt, besides what is known."""
+        num_top = self.request.params.prompt_logprobs
+        if self.prompt_logprobs is None or num_top is None:
+            return None
+        first, last = max(start, len(self.prompt_logprobs)), min(end, self.num_prompt_tokens - 1)
+        return Scored(first, self.token_ids[first + 1 : last + 1].tolist(), num_top) if first < last else None
+
+    def take_scores(self, first: int, scores: list[TokenLogprob]) -> None:
+        """What came of `scored`. A sequence that was preempted meanwhile may get it twice."""
+        assert self.prompt_logprobs is not None
+        known = len(self.prompt_logprobs)
+        assert first <= known, "chunks are read in their order"
+        self.prompt_logprobs += scores[known - first :]
+
+    @property
+    def has_sound_scores(self) -> bool:
+        return self.prompt_logprobs is None or all(one.logprob == one.logprob for one in self.prompt_logprobs)
 
     def banned_next(self) -> list[int]:
         """Ids that would complete one of the request's bad sequences."""

@@ -13,7 +13,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from zlib import crc32
 
-from lmtool.engine.batch import Batch, CopiesDone, Load, StepOutput
+from lmtool.engine.batch import Batch, Chunk, CopiesDone, Load, StepOutput
+from lmtool.engine.sequence import TokenLogprob
 
 VOCAB = 50
 
@@ -27,6 +28,13 @@ def expected_answer(prompt_ids: Sequence[int], count: int) -> list[int]:
     for _ in range(count):
         token_ids.append(next_token(token_ids))
     return token_ids[len(prompt_ids) :]
+
+
+def expected_scores(prompt_ids: Sequence[int]) -> tuple[TokenLogprob, ...]:
+    """A token's "logprob" is a hash of all before it, too."""
+    return tuple(
+        TokenLogprob(token_id, float(next_token(prompt_ids[:i]))) for i, token_id in enumerate(prompt_ids) if i
+    )
 
 
 class LateStep:
@@ -128,21 +136,38 @@ class MemoryExecutor:
         out = [
             self._write(slot, at, [self.last[slot]]) for slot, at in zip(batch.decodes, batch.positions, strict=True)
         ]
+        scores = {}
         for chunk in batch.chunks:
             token = self._write(chunk.slot, chunk.start, chunk.token_ids)
             if chunk.samples:
                 out.append(token)
+            if chunk.scored is not None:
+                scores[chunk.slot] = self._score(chunk)
         for slot, token in zip(batch.sampled_slots, out, strict=True):
             self.last[slot] = token
-        return StepOutput(out)
+        return StepOutput(out, prompt_logprobs=scores)
 
     def _write(self, slot: int, start: int, token_ids: list[int]) -> int:
         table = self.tables[slot]
         for position, token in enumerate(token_ids, start):
             self.memory[table[position // self.block_size]][position % self.block_size] = token
-        read = [self.memory[table[p // self.block_size]][p % self.block_size] for p in range(start + len(token_ids))]
+        return next_token(self._read(slot, start + len(token_ids)))
+
+    def _read(self, slot: int, count: int) -> list[int]:
+        table = self.tables[slot]
+        read = [self.memory[table[p // self.block_size]][p % self.block_size] for p in range(count)]
         assert None not in read, "a token was read that nobody wrote"
-        return next_token([token for token in read if token is not None])
+        return [token for token in read if token is not None]
+
+    def _score(self, chunk: Chunk) -> list[TokenLogprob]:
+        scored = chunk.scored
+        assert scored is not None
+        assert chunk.start <= scored.first, "a row that this step does not compute"
+        assert scored.first + len(scored.target_ids) <= chunk.start + len(chunk.token_ids)
+        return [
+            TokenLogprob(token_id, float(next_token(self._read(chunk.slot, scored.first + i + 1))))
+            for i, token_id in enumerate(scored.target_ids)
+        ]
 
     def close(self) -> None:
         pass

@@ -13,7 +13,7 @@ from lmtool.engine.host_tier import HostTier
 from lmtool.engine.scheduler import Scheduler
 from lmtool.engine.swap_cost import SwapCost
 from lmtool.errors import EngineError
-from tests.engine.fakes import MemoryExecutor, expected_answer
+from tests.engine.fakes import MemoryExecutor, expected_answer, expected_scores
 from tests.support import collect, request, run_all
 
 BLOCK_SIZE = 4
@@ -83,6 +83,7 @@ def expected_until_stop(prompt: list[int], count: int, stop_ids: list[int]) -> l
     broken_copies=st.sets(st.integers(0, 60)),
     load_bytes_per_s=st.sampled_from([0.0, float("inf")]),
     leaders=leaders,
+    scored=st.sets(st.integers(0, 11)),
     broken_steps=st.just(set()) | st.sets(st.integers(0, 14), max_size=3),
 )
 @settings(max_examples=300, deadline=None)
@@ -102,6 +103,7 @@ def test_every_answer_is_what_it_would_be_alone(
     broken_copies: set[int],
     load_bytes_per_s: float,
     leaders: list[int | None],
+    scored: set[int],
     broken_steps: set[int],
 ) -> None:
     """Random arrivals, aborts, stops, budgets and caches too small for all, steps launched before others are read,
@@ -123,6 +125,7 @@ def test_every_answer_is_what_it_would_be_alone(
     cut = set()  # by an abort or a step that broke
     begun: list[int] = []  # who had a token or an end, in that order
     held: dict[int, int] = {}  # who was to wait for whom
+    scores = {}
     late = {i: arrival for i, (_, _, arrival) in enumerate(jobs)}
     step = 0
     while core.has_work or late:
@@ -130,7 +133,7 @@ def test_every_answer_is_what_it_would_be_alone(
             bad_ids = ((7, 8),) if i in banned else ()
             after = leaders[i] if i < len(leaders) else None
             settings = {"max_new_tokens": jobs[i][1], "stop_token_ids": stop_ids, "bad_ids": bad_ids, "after": after}
-            core.add(request(i, jobs[i][0], **settings))
+            core.add(request(i, jobs[i][0], prompt_logprobs=0 if i in scored else None, **settings))
             del late[i]
             if after is not None and after != i and after < len(jobs) and after not in late and after not in begun:
                 held[i] = after
@@ -142,6 +145,9 @@ def test_every_answer_is_what_it_would_be_alone(
         core._executor.fail_next = step in broken_steps  # type: ignore[attr-defined]
         if core.has_work:
             outputs = core.step()
+            scores |= {
+                o.request_id: o.prompt_logprobs for o in outputs if o.token_id is not None and o.request_id not in begun
+            }
             begun += [output.request_id for output in outputs]
             cut |= {output.request_id for output in outputs if output.error is not None}
             collect([output for output in outputs if output.error is None], answers)
@@ -151,6 +157,8 @@ def test_every_answer_is_what_it_would_be_alone(
     for i, (prompt, count, _) in enumerate(jobs):
         expected = expected_until_stop(prompt, count, stop_ids)
         assert answers[i] == (expected[: len(answers[i])] if i in cut else expected)
+        if answers[i]:
+            assert scores[i] == (expected_scores(prompt) if i in scored else None)
     assert set(begun) == set(range(len(jobs)))
     assert all(begun.index(leader) < begun.index(i) or i in cut for i, leader in held.items())
     blocks = core.scheduler.blocks

@@ -1,0 +1,29 @@
+"""A step between its launch and its reading, as the scheduler remembers it. Ints only."""
+
+from dataclasses import dataclass, field
+
+from lmtool.engine.batch import Batch
+from lmtool.engine.sequence import Sequence
+
+
+@dataclass(slots=True)
+class Part:
+    """A sequence's share of it. life: its ``num_preemptions`` then; end: how much is computed after it."""
+
+    sequence: Sequence
+    life: int
+    end: int
+    samples: bool
+
+
+@dataclass(slots=True)
+class Flight:
+    """Parts in the order of the batch's decodes and chunks."""
+
+    batch: Batch
+    decodes: list[Part] = field(default_factory=list)
+    chunks: list[Part] = field(default_factory=list)
+
+    @property
+    def parts(self) -> list[Part]:
+        return self.decodes + self.chunks
