@@ -109,13 +109,15 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         options: Mapping[str, Any] = NO_OPTIONS,
     ) -> list[int]:
-        """Ids of the prompt. Only the template makes special tokens: '<|im_end|>' inside a message stays text.
+        """Ids of the prompt. Only the template makes special tokens: '<|im_end|>' inside a message or an option, such
+        as a tool's description, stays text.
 
         The template is the whole prompt, so no BOS is added to the one it writes.
         """
-        marks = _unused_marks(messages)
+        marks = _unused_marks([*messages, options])
         names = {self.vocabulary.token_bytes(i).decode("utf-8", "replace") for i in self.vocabulary.special}
         fenced = [_fence(message, names - {""}, marks) for message in messages]
+        options = _fence(options, names - {""}, marks)
         text = self.render_chat(fenced, add_generation_prompt=add_generation_prompt, options=options)
         ids: list[int] = []
         begin, end = marks
