@@ -25,15 +25,23 @@ class Detokenizer:
     stop          texts, none empty; where one is complete first, the answer ends before it (of two that are complete
                   at the same character, the longer one)
     skip_special  leave out special tokens, as `decode` does
+    continues     other text stands before it: a space at its beginning belongs to it
     stopped       True once a stop string was found; later ids have no text
     """
 
-    def __init__(self, tokenizer: TokenBytes, stop: tuple[str, ...] = (), skip_special: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: TokenBytes,
+        stop: tuple[str, ...] = (),
+        skip_special: bool = True,
+        *,
+        continues: bool = False,
+    ) -> None:
         self.stopped = False
         self._tokenizer = tokenizer
         self._skip_special = skip_special
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._strip_next = tokenizer.strips_leading_space
+        self._strip_next = tokenizer.strips_leading_space and not continues
         self._stops = [_StopString(text) for text in stop]
         self._held = ""  # decoded, and the beginning of a stop string
 

@@ -65,9 +65,9 @@ class RequestMaker:
             bad_ids=self._bad_ids(config.bad_words),
         )
 
-    def detokenizer(self, config: GenerationConfig) -> Detokenizer:
-        """Of one answer."""
-        return Detokenizer(self.tokenizer, config.stop, config.skip_special_tokens)
+    def detokenizer(self, config: GenerationConfig, *, continues: bool = False) -> Detokenizer:
+        """Of one answer. continues: it goes on with its prompt's text."""
+        return Detokenizer(self.tokenizer, config.stop, config.skip_special_tokens, continues=continues)
 
     def _bad_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Each word as it stands at a beginning and after a space: a tokenizer writes the two differently."""

@@ -2,13 +2,15 @@
 
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from lmtool.engine.requests import RequestMaker, default_generation
 from lmtool.server.config import ServerConfig
 from lmtool.server.engine_client import EngineClient
 from lmtool.server.errors import Refusal
 from lmtool.server.metrics import Metrics
-from lmtool.server.wire import EngineInfo
+from lmtool.server.sessions import SessionStore
+from lmtool.server.wire import EngineInfo, Stats
 from lmtool.tokenizer import Tokenizer
 
 _ID_BITS = 40  # of the requests of one HTTP process
@@ -16,16 +18,27 @@ _ID_BITS = 40  # of the requests of one HTTP process
 
 @dataclass(slots=True)
 class ServerContext:
-    """number: of this HTTP process among `config.num_http_processes`. draining: no new requests are taken."""
+    """number: of this HTTP process among `config.num_http_processes`. draining: no new requests are taken.
+    sessions_path: a file, where there are several such processes; None: they are kept in this one's memory."""
 
     config: ServerConfig
     engine: EngineClient
     tokenizer: Tokenizer
     number: int = 0
     draining: bool = False
-    metrics: Metrics = field(default_factory=Metrics)
     created: int = field(default_factory=lambda: int(time.time()))
+    sessions_path: Path | None = None
+    sessions: SessionStore = field(init=False)
+    metrics: Metrics = field(init=False)
     _maker: RequestMaker | None = None
+
+    def __post_init__(self) -> None:
+        self.sessions = SessionStore(self.sessions_path, max_sessions=self.config.max_sessions)
+        self.metrics = Metrics(self.config.model_names[0], self._figures)
+
+    def _figures(self) -> tuple[EngineInfo, Stats] | None:
+        info, stats = self.engine.info, self.engine.stats
+        return None if info is None or stats is None else (info, stats)
 
     @property
     def info(self) -> EngineInfo:

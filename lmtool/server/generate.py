@@ -18,20 +18,24 @@ from lmtool.server.errors import Refusal
 class Answers:
     """``async with Answers(context, requests) as answers: async for piece in answers``: `Response` pieces, whose
     ``index`` says which request they belong to. Leaving the block ends what is still running.
+    continues: the answers go on with the text of their prompts.
 
     Raises Refusal (429, 503) when it is made, and while reading LmtoolError: what ended a request ends them all.
     """
 
-    def __init__(self, context: ServerContext, requests: Sequence[Request]) -> None:
+    def __init__(self, context: ServerContext, requests: Sequence[Request], *, continues: bool = False) -> None:
         context.admit(len(requests))
         self._context = context
         started = time.perf_counter()
         self._answers = {
-            request.request_id: Answer(index, request, context.maker.detokenizer(request.params), started)
+            request.request_id: Answer(
+                index, request, context.maker.detokenizer(request.params, continues=continues), started
+            )
             for index, request in enumerate(requests)
         }
         timeout_s = context.config.request_timeout_s
         self._deadline = asyncio.get_running_loop().time() + timeout_s if timeout_s else None
+        self._last: dict[int, Response] = {}  # piece of each request
         self._stream = context.engine.submit(requests)
 
     async def __aenter__(self) -> Self:
@@ -53,6 +57,12 @@ class Answers:
         async for piece in self:
             found[piece.index].extend(piece)
         return found
+
+    def cancel(self) -> None:
+        """End every answer from outside: whoever reads gets a last piece of each, which was aborted."""
+        for request_id in self._answers:
+            self._context.engine.abort(request_id)
+            self._stream.push(TokenOutput(request_id, None, "abort"))
 
     async def _read(self) -> list[TokenOutput]:
         try:
@@ -76,5 +86,7 @@ class Answers:
             if piece.finish_reason is not None:
                 del self._answers[request_id]
                 self._stream.abort(request_id)
+            self._context.metrics.take(piece, self._last.get(request_id))
+            self._last[request_id] = piece
             pieces.append(piece)
         return pieces

@@ -4,21 +4,21 @@ SmolLM2's tokenizer."""
 import contextlib
 import socket
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lmtool.checkpoint.hub import resolve_model
 from lmtool.engine.async_engine import AsyncEngine
-from lmtool.engine.core import EngineCore
+from lmtool.engine.core import EngineCore, TokenOutput
 from lmtool.server.config import ServerConfig
 from lmtool.server.context import ServerContext
 from lmtool.server.engine_client import EngineClient
 from lmtool.server.engine_server import EngineServer
 from lmtool.server.wire import EngineInfo
 from lmtool.tokenizer import load_tokenizer
-from tests.support import TINY, tiny_core, tiny_decoder
+from tests.support import TINY, request, tiny_core, tiny_decoder
 
 
 class EngineInThread:
@@ -79,3 +79,14 @@ async def tiny_context(engine: EngineInThread | None = None, **config: Any) -> A
         await client.close()
         if own:
             engine.close()
+
+
+def alone(prompt_ids: Sequence[int], **settings: Any) -> list[TokenOutput]:
+    """What the engine of `tiny_engine` itself says to one request, with nobody else there."""
+    core = tiny_core(tiny_decoder(replace(TINY, vocab_size=49152)), session_len=512, num_blocks=64)
+    core.add(request(0, prompt_ids, **settings))
+    outputs: list[TokenOutput] = []
+    while core.has_work:
+        outputs += core.step()
+    core.close()
+    return outputs

@@ -1,0 +1,70 @@
+"""`create_app`: the whole application of one HTTP process. Everything it needs is in the context it is given."""
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from lmtool import __version__
+from lmtool.errors import LmtoolError
+from lmtool.server.access import Keys
+from lmtool.server.chat_routes import chat_router
+from lmtool.server.completion_routes import completion_router
+from lmtool.server.context import ServerContext
+from lmtool.server.disconnect import ClientGone
+from lmtool.server.envelope import Envelope
+from lmtool.server.interactive_routes import interactive_router
+from lmtool.server.refusals import of_http, refusal_response
+from lmtool.server.status_routes import status_router
+from lmtool.server.token_routes import token_router
+from lmtool.server.validation import of_validation
+
+_NOBODY = 499  # nginx's word for a client that did not wait
+
+
+def create_app(context: ServerContext) -> FastAPI:
+    config = context.config
+    app = FastAPI(
+        title="lmtool",
+        version=__version__,
+        description="An OpenAI-compatible server of one model.",
+        openapi_url=None if config.disable_docs else "/openapi.json",
+        docs_url=None if config.disable_docs else "/docs",
+        redoc_url=None,
+    )
+    for router in (chat_router, completion_router, interactive_router, token_router, status_router):
+        app.include_router(router(context))
+    _handle_errors(app)
+    # the last one added is the first one asked; a browser's question before the request carries no key
+    if config.api_keys:
+        app.add_middleware(Keys, keys=config.api_keys)
+    if config.allow_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(config.allow_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+            expose_headers=["X-Request-Id"],
+        )
+    app.add_middleware(Envelope, log_requests=config.log_requests)
+    return app
+
+
+def _handle_errors(app: FastAPI) -> None:
+    @app.exception_handler(LmtoolError)
+    async def refused(request: Request, error: LmtoolError) -> Response:
+        return refusal_response(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return refusal_response(of_validation(error))
+
+    @app.exception_handler(HTTPException)
+    async def unknown(request: Request, error: HTTPException) -> Response:
+        response = refusal_response(of_http(error))
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(ClientGone)
+    async def gone(request: Request, error: ClientGone) -> Response:
+        return Response(status_code=_NOBODY)

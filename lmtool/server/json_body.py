@@ -1,0 +1,104 @@
+"""Reading a body: as much as may be sent, JSON, not nested too deep. Before pydantic sees it."""
+
+import asyncio
+import re
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import msgspec
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from starlette.requests import ClientDisconnect
+
+from lmtool.server.disconnect import ClientGone
+from lmtool.server.errors import Refusal
+
+MAX_DEPTH = 64
+_THREAD_BYTES = 256 << 10  # what is larger is looked through on another thread
+_TEXTS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
+
+class _JsonRequest(Request):
+    """A request whose body was read."""
+
+    def __init__(self, request: Request, data: bytes, content: Any) -> None:
+        super().__init__(request.scope, request.receive)
+        self._data = data
+        self._content = content
+
+    async def body(self) -> bytes:
+        return self._data
+
+    async def json(self) -> Any:
+        return self._content
+
+
+def json_route(max_bytes: int) -> type[APIRoute]:
+    """The kind of route whose requests with a body have at most this much."""
+
+    class JsonRoute(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handle = super().get_route_handler()
+
+            async def read_and_handle(request: Request) -> Response:
+                if request.method == "POST":
+                    data = await _read(request, max_bytes)
+                    small = len(data) < _THREAD_BYTES
+                    content = parse(data) if small else await asyncio.to_thread(parse, data)
+                    request = _JsonRequest(request, data, content)
+                return await handle(request)
+
+            return read_and_handle
+
+    return JsonRoute
+
+
+async def _read(request: Request, max_bytes: int) -> bytes:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if not (kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))):
+        raise Refusal(400, f"the body's Content-Type is {kind[:100]!r}", "give application/json")
+    length = request.headers.get("content-length", "0")
+    if length.isdecimal() and int(length[:20]) > max_bytes:
+        raise _too_large(max_bytes)
+    pieces, num_bytes = [], 0
+    try:
+        async for piece in request.stream():
+            num_bytes += len(piece)
+            if num_bytes > max_bytes:
+                raise _too_large(max_bytes)
+            pieces.append(piece)
+    except ClientDisconnect:
+        raise ClientGone from None
+    return b"".join(pieces)
+
+
+def _too_large(max_bytes: int) -> Refusal:
+    return Refusal(413, f"the body has more than {max_bytes:,} bytes", "send less", code="request_too_large")
+
+
+def parse(data: bytes) -> Any:
+    """Raises Refusal for what is not JSON (which is UTF-8 and knows no NaN) or is nested too deep."""
+    if not data.strip():
+        raise Refusal(400, "the body is empty", "give a JSON object")
+    if not _is_shallow(data):
+        raise Refusal(400, f"the body is nested deeper than {MAX_DEPTH}", "flatten it")
+    try:
+        return msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Refusal(400, f"the body is not valid JSON: {error}", "give UTF-8 JSON", code="invalid_json") from None
+
+
+def _is_shallow(data: bytes) -> bool:
+    """Innermost pairs of brackets are taken away, a level at a time."""
+    brackets = _TEXTS.sub(b"", data).translate(None, _NOT_BRACKETS)
+    for _ in range(MAX_DEPTH):
+        if not brackets:
+            return True
+        brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
+    return not brackets or not _is_balanced(brackets)
+
+
+def _is_balanced(brackets: bytes) -> bool:
+    """What is not is no JSON, and told so by who parses it."""
+    return brackets.count(b"[") == brackets.count(b"]") and brackets.count(b"{") == brackets.count(b"}")
