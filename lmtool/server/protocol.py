@@ -16,6 +16,7 @@ MaxTokens = Annotated[int, Field(ge=1, lt=2**31)]
 
 # what to do instead, where a field is known and is not taken, or not with that value
 SENTENCES = {
+    "adapter_name": "leave it out: this server has one model and no adapters",
     "audio": "leave it out: answers are text",
     "best_of": "leave it out or give it the value of n: every answer that is made is returned",
     "function_call": "use tool_choice",

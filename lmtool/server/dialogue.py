@@ -1,0 +1,69 @@
+"""A conversation that is remembered with the token ids it was computed with, so that its next turn computes only what
+is new. Knows neither HTTP nor where it is kept.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from lmtool.engine.response import Response
+from lmtool.tokenizer import Tokenizer
+
+Message = dict[str, Any]
+
+
+class Dialogue(msgspec.Struct, frozen=True, array_like=True):
+    """messages: as the chat template takes them, the last one an answer; ids: of all of it, as the engine computed it,
+    [] where its texts do not say the same (an answer that a stop text cut)."""
+
+    messages: list[Message]
+    ids: list[int] = []
+
+    @classmethod
+    def of(
+        cls, messages: Sequence[Message], prompt_ids: Sequence[int], answer: Response, tokenizer: Tokenizer
+    ) -> "Dialogue":
+        """The conversation with a whole answer, or as much as there is of one that was aborted."""
+        made = list(answer.token_ids)
+        if made and made[-1] in tokenizer.eos_ids:
+            made.pop()
+        same = tokenizer.decode(made) == answer.text
+        said = {"role": "assistant", "content": answer.text}
+        return cls([*messages, said], [*prompt_ids, *made] if same else [])
+
+    def encode(self) -> bytes:
+        return msgspec.msgpack.encode(self)
+
+    @classmethod
+    def decode(cls, data: bytes) -> "Dialogue":
+        return msgspec.msgpack.decode(data, type=cls)
+
+
+def next_ids(past: Dialogue | None, new: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+    """Ids of the whole conversation as the prompt of an answer, beginning with the past's own wherever the template
+    leaves them as they are: a text may be written in other tokens than those it was generated with, and those in the
+    cache are the latter. Raises TokenizerError where the template refuses.
+    """
+    if past is None:
+        return tokenizer.chat_ids(new)
+    spliced = _spliced(past, new, tokenizer) if past.ids else None
+    return spliced if spliced is not None else tokenizer.chat_ids([*past.messages, *new])
+
+
+def _spliced(past: Dialogue, new: Sequence[Message], tokenizer: Tokenizer) -> list[int] | None:
+    """Past and what the template writes behind its last answer; None where it changes what was there."""
+    asked, answer = past.messages[:-1], past.messages[-1]
+    unsaid = [*asked, _silent(answer), *new]
+    before, after = tokenizer.render_chat(asked), tokenizer.render_chat(unsaid)
+    whole = tokenizer.render_chat([*past.messages, *new])
+    if not after.startswith(before) or whole != before + answer["content"] + after[len(before) :]:
+        return None
+    ids_before, ids_after = tokenizer.chat_ids(asked), tokenizer.chat_ids(unsaid)
+    if ids_after[: len(ids_before)] != ids_before:
+        return None
+    return [*past.ids, *ids_after[len(ids_before) :]]
+
+
+def _silent(answer: Mapping[str, Any]) -> Message:
+    return {**answer, "content": ""}
