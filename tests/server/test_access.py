@@ -1,0 +1,110 @@
+"""Who is let in, how much is read, and what is told of a request."""
+
+import socket
+
+import openai
+import pytest
+
+from lmtool.server.envelope import escaped
+from tests.server.serving import Serving
+
+ASK = {"prompt": "a", "max_tokens": 1}
+
+
+@pytest.fixture(scope="module")
+def locked():
+    with Serving(api_keys=("first", "zweiter-schlüssel"), allow_origins=("https://page.example",)) as server:
+        yield server
+
+
+def test_a_key_opens_every_path(locked):
+    for key in ("first", "zweiter-schlüssel"):
+        with locked.http() as client:
+            headers = {"Authorization": f"Bearer {key}".encode()}
+            assert client.post("/v1/completions", json=ASK, headers=headers).status_code == 200
+            assert client.get("/openapi.json", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("key", ["", "Bearer", "Bearer firs", "Bearer first2", "Basic first", "first"])
+def test_no_other_does(locked, key):
+    with locked.http() as client:
+        for path in ("/v1/models", "/metrics", "/docs", "/openapi.json", "/nothing", "/health/", "//health", "/Health"):
+            response = client.get(path, headers={"Authorization": key} if key else {})
+            assert response.status_code == 401, path
+            assert response.json()["error"]["code"] == "invalid_api_key"
+        assert client.post("/v1/completions", json=ASK, headers={"Authorization": key}).status_code == 401
+
+
+def test_openais_client_is_told(locked):
+    with pytest.raises(openai.AuthenticationError):
+        locked.openai("wrong").models.list()
+    assert [model.id for model in locked.openai("first").models.list()] == ["tiny"]
+
+
+def test_how_it_is_may_be_asked_by_everybody(locked):
+    with locked.http() as client:
+        assert client.get("/health").json() == {"status": "ready"}
+        assert client.get("/ready").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "target", ["/v1/models?x=/health", "/%2e%2e/v1/models", "http://h/v1/models", "/health/../v1/models"]
+)
+def test_no_spelling_of_a_path_is_a_way_in(locked, target):
+    host, port = locked.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as there:
+        there.sendall(f"GET {target} HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n".encode())
+        answer = b"".join(iter(lambda: there.recv(65536), b""))
+    assert answer.split(b" ")[1] in (b"401", b"400"), answer
+
+
+def test_pages_elsewhere_only_where_it_was_said(locked, serving):
+    asked = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}
+    with locked.http() as client:
+        before = client.options("/v1/completions", headers=asked)
+        assert (before.status_code, before.headers["access-control-allow-origin"]) == (200, "https://page.example")
+        other = client.options("/v1/completions", headers={**asked, "Origin": "https://evil.example"})
+        assert "access-control-allow-origin" not in other.headers
+        refused = client.get("/v1/models", headers={"Origin": "https://page.example"})
+        assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, "https://page.example")
+    with serving.http() as client:
+        answer = client.get("/v1/models", headers={"Origin": "https://page.example"})
+        assert "access-control-allow-origin" not in answer.headers
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_bodies_have_a_limit(chunked):
+    with Serving(max_body_bytes=2048) as server, server.http() as client:
+        body = b'{"prompt": "' + b"a" * 4000 + b'"}'
+        content = iter([body[:1000], body[1000:]]) if chunked else body
+        response = client.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
+        assert response.status_code == 413
+        assert response.json()["error"]["code"] == "request_too_large"
+        assert client.post("/v1/completions", json=ASK).status_code == 200
+
+
+def test_a_request_has_an_id(serving):
+    with serving.http() as client:
+        assert client.get("/version", headers={"X-Request-Id": "mine-1"}).headers["x-request-id"] == "mine-1"
+        for bad in ("", "a" * 129, "a b", "ü".encode()):
+            made = client.get("/nothing", headers={"X-Request-Id": bad}).headers["x-request-id"]
+            assert len(made) == 32
+        refused = client.post("/v1/completions", json={}, headers={"X-Request-Id": "mine-2"})
+        assert (refused.status_code, refused.headers["x-request-id"]) == (400, "mine-2")
+
+
+def test_log_lines_are_one_line():
+    assert escaped("/a\nb\x1b[31m\u202e") == "/a\\nb\\x1b[31m\\u202e"
+
+
+def test_too_many_are_told_to_come_back():
+    with Serving(max_queue=0) as server:
+        client = server.openai()
+        stream = client.completions.create(
+            model="tiny", prompt=["a", "b", "c", "d"], max_tokens=400, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(stream)
+        with pytest.raises(openai.RateLimitError) as refused:
+            client.completions.create(model="tiny", prompt="e", max_tokens=1)
+        assert refused.value.response.headers["retry-after"] == "1"
+        stream.close()
