@@ -125,7 +125,9 @@ def test_decode(scheme, lengths, hq, hkv, d, window, dtype, device):
     assert kv_decode.serves(q, cache)
     rest = (tables, lens, d**-0.5, window, None, opened, open_blocks)
     out = kv_decode.kv_attention_decode(q, cache, *rest)
-    assert_close(out, reference.kv_attention_decode(q.float(), cache, *rest).to(dtype))
+    # q times a channel's scale of K is rounded once more, as if q had been: of logits, which go to 12 here, 2^-11
+    loosen = 4.0 if scheme == "int4" else 1.0
+    assert_close(out, reference.kv_attention_decode(q.float(), cache, *rest).to(dtype), loosen=loosen)
     assert not out[lens == 0].any()
 
 

@@ -20,12 +20,12 @@ from lmtool.kernels.triton.kv_access import all_asked, shared_memory, wait_for_a
 from lmtool.kernels.triton.kv_pieces import merged, store_out, store_part
 from lmtool.kernels.triton.kv_query import (
     ask_channels,
-    largest,
     load_channels,
     load_query,
     minima_of,
     packed_query,
     scaled_query,
+    size_of,
     sums_of,
     take_channels,
     words_at_once,
@@ -241,7 +241,7 @@ def kv_decode_kernel(
     row = sequence.to(tl.int64) * (HKV * G) + head * G + column
     q_ptrs = q_ptr + row * D + tl.minimum(lane // 4, G - 1 - column) * D
     numbers = load_query(q_ptrs, D, DIM, K_BITS, ASM)
-    size = largest(numbers, ASM)
+    size = size_of(numbers, ASM)
     inverse = 1.0 / tl.where(size > 0, size, 1.0)
     factor = size * scale_log2
     q = packed_query(numbers, inverse, K_BITS, ASM)

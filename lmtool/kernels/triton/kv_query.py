@@ -40,13 +40,14 @@ def load_query(q_ptrs, D: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr, A
 
 
 @triton.jit
-def largest(numbers, ASM: tl.constexpr):
-    """Of a warp's numbers the largest without its sign."""
+def size_of(numbers, ASM: tl.constexpr):
+    """A power of two that no number of the warp exceeds, 0 where all are: what is divided by it is not rounded."""
     out = tl.abs(numbers[0][0])
     for i in tl.static_range(len(numbers)):
         for j in tl.static_range(4):
             out = tl.maximum(out, tl.abs(numbers[i][j]))
-    return top_of_warp(out, ASM)
+    bits = top_of_warp(out, ASM).to(tl.int32, bitcast=True)
+    return ((bits + 0x007FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)  # the exponent, rounded up
 
 
 @triton.jit
