@@ -15,6 +15,7 @@ from lmtool.server.disconnect import ClientGone
 from lmtool.server.envelope import Envelope
 from lmtool.server.interactive_routes import interactive_router
 from lmtool.server.refusals import of_http, refusal_response
+from lmtool.server.responses_routes import responses_router
 from lmtool.server.status_routes import status_router
 from lmtool.server.token_routes import token_router
 from lmtool.server.validation import of_validation
@@ -32,7 +33,14 @@ def create_app(context: ServerContext) -> FastAPI:
         docs_url=None if config.disable_docs else "/docs",
         redoc_url=None,
     )
-    for router in (chat_router, completion_router, interactive_router, token_router, status_router):
+    for router in (
+        chat_router,
+        completion_router,
+        responses_router,
+        interactive_router,
+        token_router,
+        status_router,
+    ):
         app.include_router(router(context))
     _handle_errors(app)
     # the last one added is the first one asked; a browser's question before the request carries no key
@@ -42,7 +50,7 @@ def create_app(context: ServerContext) -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(config.allow_origins),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
             expose_headers=["X-Request-Id"],
         )

@@ -23,6 +23,10 @@ class ChatPrompt:
     ids: list[int]
     opens_thought: bool
 
+    @classmethod
+    def of(cls, ids: list[int], tokenizer: Tokenizer) -> "ChatPrompt":
+        return cls(ids, tokenizer.decode(ids[-_TAIL:], skip_special=False).rstrip().endswith(OPEN))
+
 
 async def chat_prompt(
     tokenizer: Tokenizer,
@@ -42,7 +46,7 @@ async def chat_prompt(
             ids = tokenizer.chat_ids(known, add_generation_prompt=add_generation_prompt, options=told)
         except InputError as error:
             raise Refusal(400, error.cause, error.fix, param="messages") from error
-        return ChatPrompt(ids, tokenizer.decode(ids[-_TAIL:], skip_special=False).rstrip().endswith(OPEN))
+        return ChatPrompt.of(ids, tokenizer)
 
     num_chars = sum(len(text) for message in messages for text in _texts(message))
     return await off_the_loop(num_chars, make)

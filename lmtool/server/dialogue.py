@@ -15,22 +15,26 @@ Message = dict[str, Any]
 
 class Dialogue(msgspec.Struct, frozen=True, array_like=True):
     """messages: as the chat template takes them, the last one an answer; ids: of all of it, as the engine computed it,
-    [] where its texts do not say the same (an answer that a stop text cut)."""
+    [] where its texts do not say the same (an answer that a stop text cut, or one with a thought or calls)."""
 
     messages: list[Message]
     ids: list[int] = []
 
     @classmethod
     def of(
-        cls, messages: Sequence[Message], prompt_ids: Sequence[int], answer: Response, tokenizer: Tokenizer
+        cls,
+        messages: Sequence[Message],
+        prompt_ids: Sequence[int],
+        said: Message,
+        made: Response,
+        tokenizer: Tokenizer,
     ) -> "Dialogue":
-        """The conversation with a whole answer, or as much as there is of one that was aborted."""
-        made = list(answer.token_ids)
-        if made and made[-1] in tokenizer.eos_ids:
-            made.pop()
-        same = tokenizer.decode(made) == answer.text
-        said = {"role": "assistant", "content": answer.text}
-        return cls([*messages, said], [*prompt_ids, *made] if same else [])
+        """The conversation with an answer, or as much as was made of one. said: the answer as a message."""
+        ids = list(made.token_ids)
+        if ids and ids[-1] in tokenizer.eos_ids:
+            ids.pop()
+        same = tokenizer.decode(ids) == said["content"] and "tool_calls" not in said
+        return cls([*messages, said], [*prompt_ids, *ids] if same else [])
 
     def encode(self) -> bytes:
         return msgspec.msgpack.encode(self)

@@ -145,7 +145,8 @@ class InteractiveTurn:
             return
         store = self._context.sessions
         if self._body.interactive_mode:
-            dialogue = Dialogue.of(messages, ids, made, self._context.tokenizer)
+            said = {"role": "assistant", "content": made.text}
+            dialogue = Dialogue.of(messages, ids, said, made, self._context.tokenizer)
             await store.put(self._owner, self._name, dialogue.encode())
         else:
             await store.delete(self._owner, self._name)

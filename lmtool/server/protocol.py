@@ -16,9 +16,15 @@ MaxTokens = Annotated[int, Field(ge=1, lt=2**31)]
 
 # what to do instead, where a field is known and is not taken, or not with that value
 SENTENCES = {
+    "access_programs": "leave it out: this server has none",
     "adapter_name": "leave it out: this server has one model and no adapters",
     "audio": "leave it out: answers are text",
+    "background": "leave it out or give false: an answer is made while its client waits",
+    "background_options": "leave it out: an answer is made while its client waits",
     "best_of": "leave it out or give it the value of n: every answer that is made is returned",
+    "context_management": "leave it out: send fewer messages where a conversation gets too long",
+    "conversation": "use previous_response_id",
+    "file": "put its text into a text part: this server's models read text",
     "function_call": "use tool_choice",
     "functions": "use tools",
     "guided_choice": 'use response_format: {"type": "choice", "choice": […]}',
@@ -26,9 +32,10 @@ SENTENCES = {
     "guided_json": 'use response_format: {"type": "json_schema", "json_schema": {"name": "…", "schema": {…}}}',
     "guided_regex": 'use response_format: {"type": "regex_schema", "regex_schema": "…"}',
     "image_url": "leave it out: this server's models read text",
-    "input_audio": "leave it out: this server's models read text",
-    "file": "put its text into a text part: this server's models read text",
+    "include": "leave it out: answers have text and calls; /v1/chat/completions has logprobs",
     "include_obfuscation": "leave it out or give false: nothing is added to hide lengths",
+    "input_audio": "leave it out: this server's models read text",
+    "max_tool_calls": "leave it out: the only tools are functions, and you call them",
     "modalities": 'leave it out or give ["text"]',
     "moderation": "leave it out: this server does not moderate; a service in front of it may",
     "prediction": "leave it out: equal beginnings of prompts are computed once by themselves",
@@ -37,6 +44,8 @@ SENTENCES = {
     "service_tier": "leave it out or give 'auto': all requests are equal",
     "store": "leave it out or give false; /v1/responses remembers answers",
     "suffix": "put what comes after the gap into the prompt, in the form that the model was trained on",
+    "summary": "leave it out: a thought is told as it is",
+    "truncation": "leave it out or give 'disabled': a conversation that is too long is refused",
     "verbosity": "ask for it in a message",
     "web_search_options": "leave it out: this server does not search; tools may",
 }

@@ -111,7 +111,8 @@ def test_a_conversation_goes_on_with_the_ids_it_had() -> None:
     ids = tokenizer.chat_ids(first)
     letters = [tokenizer.token_id(letter) for letter in "hello"]  # not how the text would be encoded
     eos = next(iter(tokenizer.eos_ids))
-    past = Dialogue.of(first, ids, Response(text="hello", token_ids=[*letters, eos]), tokenizer)
+    said = {"role": "assistant", "content": "hello"}
+    past = Dialogue.of(first, ids, said, Response(text="hello", token_ids=[*letters, eos]), tokenizer)
     assert Dialogue.decode(past.encode()) == past
     second = [{"role": "user", "content": "<|im_end|> two"}]
     found = next_ids(past, second, tokenizer)
@@ -126,7 +127,7 @@ def test_an_answer_that_a_stop_text_cut_is_read_anew() -> None:
     tokenizer = smollm2_tokenizer()
     first, second = ([{"role": "user", "content": text}] for text in ("one", "two"))
     answer = Response(text="hel", token_ids=tokenizer.encode("hello"))
-    past = Dialogue.of(first, tokenizer.chat_ids(first), answer, tokenizer)
+    past = Dialogue.of(first, tokenizer.chat_ids(first), {"role": "assistant", "content": "hel"}, answer, tokenizer)
     whole = [*first, {"role": "assistant", "content": "hel"}, *second]
     assert next_ids(past, second, tokenizer) == tokenizer.chat_ids(whole)
 
