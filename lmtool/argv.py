@@ -15,7 +15,7 @@ ENGINE_WORDS = {"turbomind": "turbomind", "pytorch": "pytorch", "torch": "pytorc
 ENGINE_COMMANDS = {"chat"}
 
 # commands whose MODEL may also be given as `--model MODEL`
-MODEL_COMMANDS = {"chat", "convert", "inspect", "lite auto-awq", "lite calibrate", "lite eval"}
+MODEL_COMMANDS = {"chat", "convert", "inspect", "lite auto-awq", "lite calibrate", "lite eval", "serve api-server"}
 
 # a boolean flag -> what to say for an explicit False; None: saying nothing means False
 BOOLEAN_FLAGS: dict[str, str | None] = {
@@ -41,6 +41,9 @@ BOOLEAN_FLAGS: dict[str, str | None] = {
     "--no-markdown": "--markdown",
     "--history": "--no-history",
     "--no-history": "--history",
+    "--log-requests": None,
+    "--disable-docs": None,
+    "--disable-fastapi-docs": None,
     "--verbose": None,
 }
 TRUTH = {"true": True, "false": False}

@@ -34,6 +34,7 @@ COMMANDS = {
 }
 GROUPS = {
     "lite": ("lmtool.commands.lite", "app"),
+    "serve": ("lmtool.commands.serve", "app"),
     "bench": ("lmtool.commands.bench", "app"),
 }
 

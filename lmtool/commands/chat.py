@@ -27,8 +27,6 @@ HistoryFile = Annotated[
     Path | None, typer.Option(help="Where typed lines are kept (default: in XDG_STATE_HOME).", dir_okay=False)
 ]
 History = Annotated[bool, typer.Option("--history/--no-history", help="Keep typed lines across runs.")]
-ENGINE_NAMES = ("turbomind", "pytorch")
-Backend = Annotated[str | None, typer.Option(hidden=True)]
 
 
 def chat(
@@ -65,7 +63,7 @@ def chat(
     chat_template: options.ChatTemplate = None,
     revision: options.Revision = None,
     download_dir: options.DownloadDir = None,
-    backend: Backend = None,
+    backend: options.Backend = None,
 ) -> None:
     """Chat with a model on the terminal.
 
@@ -74,7 +72,7 @@ def chat(
     from lmtool.chat.oneshot import read_question
 
     if backend is not None:
-        _say_one_engine(backend)
+        options.say_one_engine(backend)
     sampling = options.given(
         temperature=temperature,
         top_k=top_k,
@@ -130,12 +128,6 @@ class _Source:
     chat_template: str | None
     revision: str | None
     download_dir: Path | None
-
-
-def _say_one_engine(name: str) -> None:
-    if name not in ENGINE_NAMES:
-        raise ConfigError(f"--backend is {name!r}", "leave it out: lmtool has one engine")
-    print(f"lmtool: {name} is taken as lmtool's own engine; there is one", file=sys.stderr)
 
 
 def _check_combination(question: str | None, *, json: bool, show_prompt: bool, logprobs: int | None) -> None:

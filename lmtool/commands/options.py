@@ -4,6 +4,7 @@ A flag that was not given is None, so that a checkpoint's own defaults can fill 
 `EngineConfig` and `GenerationConfig` validate and name the flag. Knows neither torch nor any model.
 """
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from lmtool.config import DTYPES, KV_DTYPES, EngineConfig, GenerationConfig
+from lmtool.errors import ConfigError
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -34,6 +36,15 @@ ChatTemplate = Annotated[
     typer.Option(
         "--chat-template",
         "--model-name",
+        metavar="NAME|FILE",
+        help="A chat template by name or as a Jinja file, for a checkpoint that brings none.",
+        rich_help_panel=_SOURCE,
+    ),
+]
+ServedChatTemplate = Annotated[  # --model-name is what a server calls its model
+    str | None,
+    typer.Option(
+        "--chat-template",
         metavar="NAME|FILE",
         help="A chat template by name or as a Jinja file, for a checkpoint that brings none.",
         rich_help_panel=_SOURCE,
@@ -76,6 +87,8 @@ CacheHostGb = Annotated[
         rich_help_panel=_ENGINE,
     ),
 ]
+Backend = Annotated[str | None, typer.Option(hidden=True)]  # LMDeploy has two engines
+_ENGINE_NAMES = ("turbomind", "pytorch")
 
 Temperature = Annotated[
     float | None, typer.Option(help="0 is greedy; higher is more varied.", rich_help_panel=_SAMPLING)
@@ -118,6 +131,13 @@ Logprobs = Annotated[
 ]
 
 ENGINE_DEFAULTS = EngineConfig()
+
+
+def say_one_engine(name: str) -> None:
+    """`--backend` is understood. Raises ConfigError for one that nobody has."""
+    if name not in _ENGINE_NAMES:
+        raise ConfigError(f"--backend is {name!r}", "leave it out: lmtool has one engine")
+    print(f"lmtool: {name} is taken as lmtool's own engine; there is one", file=sys.stderr)
 
 
 def given(**flags: Any) -> dict[str, Any]:

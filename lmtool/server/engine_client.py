@@ -6,6 +6,7 @@ again by itself, to the same listening socket, as soon as a new engine accepts i
 
 import asyncio
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -79,8 +80,9 @@ class EngineClient:
     def __init__(self, path: Path, on_change: Callable[["EngineClient"], None] | None = None) -> None:
         self.info: EngineInfo | None = None
         self.stats: Stats | None = None
-        self.loading: Loading | None = None
+        self.loading: Loading | None = Loading("starting")
         self.failure: LmtoolError | None = None
+        self.ready_since_s = -math.inf  # by time.monotonic
         self._path = path
         self._on_change = on_change or (lambda _: None)
         self._writer: asyncio.StreamWriter | None = None
@@ -167,6 +169,7 @@ class EngineClient:
                 self.stats = message
             case EngineInfo():
                 self.info, self.loading, self.failure = message, None, None
+                self.ready_since_s = self._heard_s
                 self._change()
             case Loading():
                 self.loading = message

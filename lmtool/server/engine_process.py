@@ -4,6 +4,7 @@ It listens from the start on the socket it inherits, says how far loading is, an
 engine never outlives the server it belongs to. Exit code 2 where what was given cannot be used, 1 where it broke.
 """
 
+import os
 import signal
 import socket
 import sys
@@ -18,19 +19,19 @@ from lmtool.engine.async_engine import AsyncEngine
 from lmtool.engine.setup import LoadedEngine, load_engine
 from lmtool.errors import EngineError, LmtoolError
 from lmtool.server.engine_server import EngineServer
-from lmtool.server.orders import Orders
+from lmtool.server.orders import EngineOrders
 from lmtool.server.wire import EngineInfo, Failure, Loading, Refused
 
 
 def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group: the server decides when we end
-    orders = msgspec.json.decode(sys.stdin.buffer.readline(), type=Orders)
+    orders = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineOrders)
     log.setup()
     if orders.verbose:
         log.be_verbose()
-    over = threading.Event()
+    over, serving = threading.Event(), threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: over.set())
-    threading.Thread(target=_wait_for_end_of_stdin, args=(over,), daemon=True).start()
+    threading.Thread(target=_wait_for_end_of_stdin, args=(over, serving), daemon=True).start()
     server = EngineServer(socket.socket(fileno=orders.listener_fd))
     try:
         loaded = load_engine(
@@ -43,6 +44,7 @@ def main() -> int:
     except Exception as error:  # whatever it was: the server is to say it
         return _refuse(server, EngineError(f"the engine cannot start: {type(error).__name__}: {error}"))
     engine = AsyncEngine(loaded.core)
+    serving.set()
     server.serve(engine, _info(orders.name, loaded))
     over.wait()
     server.close()
@@ -50,9 +52,11 @@ def main() -> int:
     return 0
 
 
-def _wait_for_end_of_stdin(over: threading.Event) -> None:
+def _wait_for_end_of_stdin(over: threading.Event, serving: threading.Event) -> None:
     sys.stdin.buffer.read()
     over.set()
+    if not serving.is_set():
+        os._exit(0)  # loading a model may take a while yet, and nobody waits for it
 
 
 def _refuse(server: EngineServer, error: LmtoolError) -> int:

@@ -1,0 +1,181 @@
+"""`lmtool serve`: an OpenAI-compatible server, and two faces for it."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lmtool.commands import options
+from lmtool.commands.settings_file import read_settings
+from lmtool.errors import ConfigError, InputError
+
+app = typer.Typer(no_args_is_help=True, help="Serve a model over HTTP, and talk to a server.")
+
+_SERVER = "Server"
+_LIMITS = "Limits"
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", callback=read_settings, is_eager=True, help="A TOML file of these flags; LMTOOL_* also works."
+    ),
+]
+ServerName = Annotated[
+    str, typer.Option("--server-name", "--host", help="Address to listen on.", rich_help_panel=_SERVER)
+]
+ServerPort = Annotated[
+    int, typer.Option("--server-port", "--port", help="Port; 0: a free one.", rich_help_panel=_SERVER)
+]
+ModelName = Annotated[
+    list[str] | None,
+    typer.Option(help="What clients call the model; may be given several times.", rich_help_panel=_SERVER),
+]
+ApiKeys = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--api-keys", "--api-key", help="Ask clients for one of these; several times.", rich_help_panel=_SERVER
+    ),
+]
+AllowOrigins = Annotated[
+    list[str] | None,
+    typer.Option(help="Pages of these origins may ask (CORS; default: none).", rich_help_panel=_SERVER),
+]
+SslKeyfile = Annotated[str | None, typer.Option(help="Key for https (PEM).", rich_help_panel=_SERVER)]
+SslCertfile = Annotated[str | None, typer.Option(help="Certificate for https (PEM).", rich_help_panel=_SERVER)]
+HttpProcesses = Annotated[
+    int | None,
+    typer.Option(help="That take requests and write answers (default: 1, on a GPU 4).", rich_help_panel=_SERVER),
+]
+LogRequests = Annotated[bool, typer.Option("--log-requests", help="A line for each request.", rich_help_panel=_SERVER)]
+DisableDocs = Annotated[
+    bool,
+    typer.Option("--disable-docs", "--disable-fastapi-docs", help="No OpenAPI page.", rich_help_panel=_SERVER),
+]
+MaxQueue = Annotated[
+    int,
+    typer.Option(help="Requests that may wait; more are refused with 429.", rich_help_panel=_LIMITS),
+]
+RequestTimeout = Annotated[
+    float, typer.Option(help="Seconds for a whole answer; 0: no limit.", rich_help_panel=_LIMITS)
+]
+DrainTimeout = Annotated[float, typer.Option(help="Seconds for answers under way at SIGTERM.", rich_help_panel=_LIMITS)]
+MaxBodyMb = Annotated[float, typer.Option(help="Of one request.", rich_help_panel=_LIMITS)]
+
+
+MaxBatchSize = Annotated[
+    int | None,
+    typer.Option(
+        "--max-batch-size",
+        "--instance-num",
+        help="Most requests computed in one step (default: 256).",
+        rich_help_panel="Engine",
+    ),
+]
+Tp = Annotated[int, typer.Option(help="GPUs that share the model; 1 is what there is.", rich_help_panel="Engine")]
+
+
+@app.command("api-server")
+def api_server(
+    model: options.Model,
+    *,
+    config: Config = None,
+    server_name: ServerName = "127.0.0.1",
+    server_port: ServerPort = 23333,
+    model_name: ModelName = None,
+    api_keys: ApiKeys = None,
+    allow_origins: AllowOrigins = None,
+    ssl_keyfile: SslKeyfile = None,
+    ssl_certfile: SslCertfile = None,
+    http_processes: HttpProcesses = None,
+    log_requests: LogRequests = False,
+    disable_docs: DisableDocs = False,
+    max_queue: MaxQueue = 1024,
+    request_timeout: RequestTimeout = 600.0,
+    drain_timeout: DrainTimeout = 30.0,
+    max_body_mb: MaxBodyMb = 8.0,
+    device: options.Device = options.ENGINE_DEFAULTS.device,
+    dtype: options.Dtype = options.ENGINE_DEFAULTS.dtype,
+    model_format: options.ModelFormat = None,
+    session_len: options.SessionLen = None,
+    max_batch_size: MaxBatchSize = None,
+    tp: Tp = 1,
+    quant_policy: options.QuantPolicy = None,
+    kv_dtype: options.KvDtype = None,
+    cache_gb: options.CacheGb = None,
+    cache_host_gb: options.CacheHostGb = None,
+    cache_max_entry_count: options.CacheMaxEntryCount = None,
+    chat_template: options.ServedChatTemplate = None,
+    revision: options.Revision = None,
+    download_dir: options.DownloadDir = None,
+    backend: options.Backend = None,
+) -> None:
+    """An OpenAI-compatible server of one model.
+
+    The model and the key may also come from --config or from LMTOOL_MODEL, LMTOOL_API_KEYS and the like.
+    """
+    _need_server()
+    if backend is not None:
+        options.say_one_engine(backend)
+    if tp != 1:
+        raise ConfigError(f"--tp is {tp}", "give 1: a model that is shared by several GPUs is not there yet")
+    from lmtool.server.config import ServerConfig
+
+    engine = options.given(
+        device=device,
+        dtype=dtype,
+        model_format=model_format,
+        session_len=session_len,
+        max_batch_size=max_batch_size,
+        quant_policy=quant_policy,
+        kv_dtype=kv_dtype,
+        cache_gb=cache_gb,
+        cache_host_gb=cache_host_gb,
+        cache_max_entry_count=cache_max_entry_count,
+    )
+    options.engine_config(**engine)  # what is wrong with the flags is said before a model is looked for
+    served = ServerConfig(
+        host=server_name,
+        port=server_port,
+        model_names=tuple(model_name or (_short(model),)),
+        api_keys=tuple(api_keys or ()),
+        allow_origins=tuple(allow_origins or ()),
+        ssl_keyfile=ssl_keyfile,
+        ssl_certfile=ssl_certfile,
+        num_http_processes=http_processes if http_processes is not None else _http_processes(device),
+        max_queue=max_queue,
+        request_timeout_s=request_timeout,
+        drain_timeout_s=drain_timeout,
+        max_body_bytes=int(max_body_mb * (1 << 20)),
+        disable_docs=disable_docs,
+        log_requests=log_requests,
+    )
+    if served.is_public and not served.api_keys:
+        _say(f"warning: whoever reaches {served.host} may use this server; give --api-keys, or --host 127.0.0.1")
+    from lmtool.checkpoint.hub import resolve_model
+    from lmtool.server.supervisor import Launch, serve
+
+    path = resolve_model(model, revision=revision, download_dir=download_dir)
+    serve(Launch(name=model, path=path, chat_template=chat_template, engine=engine, config=served), _say)
+
+
+def _say(line: str) -> None:
+    print(f"lmtool: {line}", file=sys.stderr, flush=True)
+
+
+def _short(model: str) -> str:
+    """What a model is called where nobody named it: of a path its last part."""
+    return Path(model).name if Path(model).exists() else model
+
+
+def _http_processes(device: str) -> int:
+    """Where a GPU makes thousands of tokens a second, one Python process cannot write them all."""
+    return 1 if device == "cpu" or not Path("/dev/nvidiactl").exists() else 4
+
+
+def _need_server() -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in ("fastapi", "uvicorn", "uvloop", "prometheus_client") if find_spec(name) is None]
+    if missing:
+        raise InputError(f"{missing[0]} is not installed", "pip install '.[server]' in lmtool's folder")
