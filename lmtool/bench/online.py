@@ -5,18 +5,20 @@ Runs outside the server's process. Knows no engine.
 
 import asyncio
 import dataclasses
+import json
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import httpx
 import numpy as np
 
 from lmtool.bench import outputs, workloads
-from lmtool.bench.online_client import Question, Server, api_url, ask, first_model, make_client
+from lmtool.bench.online_client import Question, Server, api_url, first_model, make_client
 from lmtool.bench.online_figures import Outcome, result
+from lmtool.bench.online_worker import Share, send_all
 from lmtool.bench.report import Report, make_console, make_report, show
 from lmtool.bench.workloads import Workload
 from lmtool.errors import ConfigError, LmtoolError
@@ -30,6 +32,8 @@ _COMMON = (
 )
 WORDS = _COMMON.split()
 _NUM_STATIC = 100
+_START_S = 3.0  # until several clients are up; then they all begin
+_LONGEST_LINE = 1 << 26  # an outcome has a time for each piece of text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +53,7 @@ class OnlinePlan:
     ignore_eos: bool = True
     timeout_s: float = 600.0
     seed: int = 0
+    num_clients: int = 1
 
     def __post_init__(self) -> None:
         api_url(self.url)
@@ -56,6 +61,10 @@ class OnlinePlan:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} is {value}", "give 1 or more")
+        if not 1 <= self.num_clients <= 64:
+            raise ConfigError(f"--clients is {self.num_clients}", "give 1 to 64")
+        if self.max_concurrency is not None and self.max_concurrency < self.num_clients:
+            raise ConfigError(f"--clients is {self.num_clients}", f"at most --max-concurrency {self.max_concurrency}")
         if self.seed < 0:
             raise ConfigError(f"--seed is {self.seed}", "give 0 or more")
         if not self.request_rate > 0:
@@ -132,43 +141,86 @@ class Session:
         self.model = plan.model
         self._questions = questions
         self._started_s = self._stopped_s = self._cpu_s = 0.0
+        self._progress: Callable[[str], None] = lambda line: None
 
     def now(self) -> float:
         return time.perf_counter() - self._started_s
 
     async def run(self, api_key: str | None, progress: Callable[[str], None] = lambda line: None) -> None:
+        self._progress = progress
         async with make_client(api_key) as client:
             self.model = self.model or await first_model(client, self.plan.url)
-            self._started_s, cpu_s = time.perf_counter(), time.process_time()
+            # processes need a moment before they are there
+            lead_s = _START_S if self.plan.num_clients > 1 else 0.0
+            self._started_s, cpu_s = time.perf_counter() + lead_s, time.process_time()
+            shares = self._shares(api_key)
             try:
-                await self._send_all(client, progress)
-            finally:  # also when it is interrupted
-                self._stopped_s, self._cpu_s = self.now(), time.process_time() - cpu_s
+                if len(shares) == 1:
+                    await send_all(client, shares[0], self._take)
+                    self._cpu_s = time.process_time() - cpu_s
+                else:
+                    async with asyncio.TaskGroup() as tasks:
+                        for share in shares:
+                            tasks.create_task(self._run_client(share))
+            except ExceptionGroup as errors:
+                raise errors.exceptions[0] from None
+            except BaseException:  # interrupted
+                self._stopped_s = self.now()
+                raise
 
-    async def _send_all(self, client: httpx.AsyncClient, progress: Callable[[str], None]) -> None:
-        plan = self.plan
+    def _shares(self, api_key: str | None) -> list[Share]:
+        """Every so-manieth request, so that each client has a like part of the load."""
+        plan, questions = self.plan, self._questions
         server = Server(plan.url, str(self.model), plan.endpoint, plan.ignore_eos, plan.timeout_s)
-        turn = asyncio.Semaphore(plan.max_concurrency or len(self._questions))
+        starts_s, count = arrivals(plan, len(questions)), min(plan.num_clients, len(questions))
+        at_once = plan.max_concurrency or len(questions)
+        return [
+            Share(
+                server=server,
+                questions=questions[i::count],
+                starts_s=starts_s[i::count],
+                max_concurrency=at_once // count + (i < at_once % count),
+                api_key=api_key,
+                started_s=self._started_s,
+            )
+            for i in range(count)
+        ]
 
-        async def send(question: Question) -> None:
-            async with turn:
-                self.outcomes.append(await ask(client, server, question, self.now))
-            num_failed = sum(one.failure is not None for one in self.outcomes)
-            failed = f", {num_failed} failed" if num_failed else ""
-            progress(f"{len(self.outcomes)} of {len(self._questions)} requests answered{failed}")
+    async def _run_client(self, share: Share) -> None:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "lmtool.bench.online_worker",
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=_LONGEST_LINE,
+        )  # fmt: skip
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(share.as_json())
+            async for line in process.stdout:
+                found = json.loads(line)
+                if "cpu_s" in found:
+                    self._cpu_s += found["cpu_s"]
+                else:
+                    self._take(Outcome(**found))
+            if await process.wait():
+                raise LmtoolError(f"a client process ended with {process.returncode}", "see what it said above")
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
 
-        async with asyncio.TaskGroup() as tasks:
-            for question, start_s in zip(self._questions, arrivals(plan, len(self._questions)), strict=True):
-                if (wait_s := start_s - self.now()) > 0:
-                    await asyncio.sleep(wait_s)
-                tasks.create_task(send(question))
+    def _take(self, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+        self._stopped_s = self.now()
+        num_failed = sum(one.failure is not None for one in self.outcomes)
+        failed = f", {num_failed} failed" if num_failed else ""
+        self._progress(f"{len(self.outcomes)} of {len(self._questions)} requests answered{failed}")
 
     def report(self) -> Report:
         """Of what has come until now."""
         duration_s = max(self._stopped_s, 1e-9)
         num_unfinished = len(self._questions) - len(self.outcomes)
         found = result(self.plan.name, self.outcomes, duration_s, num_unfinished)
-        found["client_cpu_share"] = self._cpu_s / duration_s
+        found["client_cpu_share"] = self._cpu_s / duration_s / self.plan.num_clients
         settings = {**asdict(self.plan), "request_rate": str(self.plan.request_rate)}
         report = make_report(str(self.model), "", None, settings)
         cores = f"client: {len(os.sched_getaffinity(0))} cores"

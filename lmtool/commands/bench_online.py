@@ -22,6 +22,7 @@ TokenIds = Annotated[
 ]
 IgnoreEos = Annotated[bool, typer.Option(help="Ask for answers of full length.")]
 Timeout = Annotated[float, typer.Option(help="Seconds for a whole answer.")]
+Clients = Annotated[int, typer.Option(help="Processes that send and read; one reads some 10,000 tokens a second.")]
 ApiKey = Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Sent as a bearer token.")]
 
 
@@ -39,6 +40,7 @@ def online(
     token_ids: TokenIds = None,
     ignore_eos: IgnoreEos = True,
     timeout: Timeout = 600.0,
+    clients: Clients = 1,
     api_key: ApiKey = None,
     seed: Seed = 0,
     json: JsonFile = None,
@@ -63,6 +65,7 @@ def online(
         ignore_eos=ignore_eos,
         timeout_s=timeout,
         seed=seed,
+        num_clients=clients,
     )
     run_online(plan, api_key=api_key, json_file=json, png=png)
 

@@ -16,6 +16,7 @@ from lmtool.bench import online, online_figures
 from lmtool.bench.online import WORDS, OnlinePlan, arrivals
 from lmtool.bench.online_figures import Outcome
 from lmtool.bench.report import read_report
+from lmtool.errors import LmtoolError
 from tests.bench.fake_server import Answer, serving
 
 
@@ -123,6 +124,25 @@ def test_every_token_is_the_servers_count(tmp_path: Path, capsys: pytest.Capture
     assert "5 of 5 requests answered" in out
     assert "first token (TTFT)" in out
     assert "35 in, 45 out" in out
+
+
+def test_several_client_processes_send_what_one_would(tmp_path: Path) -> None:
+    with serving(Answer(texts=("a", "b"), delay_s=0.02)) as server:
+        line = "--num-prompts 7 --output-len 9 --max-concurrency 3 --clients 2"
+        found = _result(tmp_path, server.url, line)
+        assert server.most_at_once <= 3
+        sent = sorted(body["prompt"] for body in server.requests)
+    plan = OnlinePlan(url="http://x", num_prompts=7, output_len=9)
+    assert sent == sorted(str(question.prompt) for question in plan.questions())
+    assert (found["num_answered"], found["num_generated_tokens"], found["failures"]) == (7, 63, {})
+    assert found["duration_s"] >= 3 * 0.04, "seven requests, three at a time"
+    assert found["client_cpu_share"] > 0
+
+
+def test_a_client_process_that_dies_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(online.sys, "executable", "/bin/false")
+    with serving(Answer()) as server, pytest.raises(LmtoolError, match="ended with 1"):
+        online.run_online(OnlinePlan(url=server.url, num_prompts=4, num_clients=2))
 
 
 def test_a_chat_and_its_key(tmp_path: Path) -> None:
