@@ -105,6 +105,7 @@ class Model(TypedDict):
     created: int
     owned_by: str
     max_model_len: int | None
+    generation_defaults: dict[str, float] | None
 
 
 class Models(TypedDict):
@@ -133,6 +134,12 @@ class Health(TypedDict):
     message: NotRequired[str]
 
 
+class Deleted(TypedDict):
+    id: str
+    object: str
+    deleted: bool
+
+
 class Version(TypedDict):
     version: str
 
@@ -141,5 +148,6 @@ def answers_documented(kind: Any, *, streams: bool = False) -> dict[int | str, d
     """For a route's ``responses``: what it answers when all is well, and how errors look."""
     well: dict[str, Any] = {"model": kind}
     if streams:
-        well["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+        event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+        well["content"] = {"text/event-stream": {"schema": event}}
     return {200: well, "4XX": {"model": Error}, "5XX": {"model": Error}}

@@ -1,6 +1,7 @@
 """Reading a body: as much as may be sent, JSON, not nested too deep. Before pydantic sees it."""
 
 import asyncio
+import math
 import re
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -17,6 +18,17 @@ MAX_DEPTH = 64
 _THREAD_BYTES = 256 << 10  # what is larger is looked through on another thread
 _TEXTS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
+
+def _number(text: str) -> int | float:
+    """JSON has one kind of number: 5.0 is 5."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise msgspec.DecodeError(f"{text[:20]} is out of range")
+    return int(number) if number.is_integer() and abs(number) < 2**53 else number
+
+
+_decoder = msgspec.json.Decoder(float_hook=_number)
 
 
 class _JsonRequest(Request):
@@ -84,7 +96,7 @@ def parse(data: bytes) -> Any:
     if not _is_shallow(data):
         raise Refusal(400, f"the body is nested deeper than {MAX_DEPTH}", "flatten it")
     try:
-        return msgspec.json.decode(data)
+        return _decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Refusal(400, f"the body is not valid JSON: {error}", "give UTF-8 JSON", code="invalid_json") from None
 

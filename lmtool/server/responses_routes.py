@@ -18,7 +18,7 @@ from lmtool.server.chat_reader import ChatReader
 from lmtool.server.context import ServerContext
 from lmtool.server.dialogue import Dialogue, Message, next_ids
 from lmtool.server.disconnect import until_gone
-from lmtool.server.documents import answers_documented
+from lmtool.server.documents import Deleted, answers_documented
 from lmtool.server.errors import Refusal
 from lmtool.server.generate import Answers
 from lmtool.server.json_body import json_route
@@ -64,7 +64,7 @@ def responses_router(context: ServerContext) -> APIRouter:
             raise _unknown(response_id, None)
         return Response(msgspec.msgpack.decode(found, type=Remembered).response, media_type="application/json")
 
-    @router.delete("/v1/responses/{response_id}")
+    @router.delete("/v1/responses/{response_id}", responses=answers_documented(Deleted))
     async def delete_response(response_id: str, http: Request) -> Response:
         """Forget an answer. Those that went on from it stay."""
         if not await context.sessions.delete(owner_of(http, has_keys=has_keys), response_id):

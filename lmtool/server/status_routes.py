@@ -5,6 +5,7 @@ from typing import Any
 from fastapi import APIRouter, Response
 
 from lmtool import __version__
+from lmtool.engine.requests import default_generation
 from lmtool.server.context import ServerContext
 from lmtool.server.documents import Health, Model, Models, Version, answers_documented
 from lmtool.server.errors import Refusal
@@ -83,4 +84,5 @@ def _model(context: ServerContext, name: str) -> dict[str, Any]:
         "created": context.created,
         "owned_by": "lmtool",
         "max_model_len": info.session_len if info else None,
+        "generation_defaults": default_generation(info.generation_defaults) if info else None,
     }

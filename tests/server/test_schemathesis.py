@@ -1,0 +1,140 @@
+"""Bodies made from the OpenAPI document, good and bad, by the hundred: no 5xx, no hang, answers as documented, and
+nothing of them is left in the engine.
+"""
+
+import time
+from collections import Counter
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.strategies import booleans
+from schemathesis import GenerationMode
+from schemathesis.checks import load_all_checks
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    negative_data_rejection,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from tests.server.serving import TIMEOUT_S, Serving
+from tests.server.support import tiny_engine
+
+NUM_CASES = 150  # of each operation in each mode
+WITH_BODY = (
+    "POST /v1/chat/completions",
+    "POST /v1/completions",
+    "POST /v1/responses",
+    "POST /v1/chat/interactive",
+    "POST /tokenize",
+    "POST /detokenize",
+    "POST /v1/encode",
+)
+WITHOUT = (
+    "GET /v1/models",
+    "GET /v1/models/{model}",
+    "GET /v1/responses/{response_id}",
+    "DELETE /v1/responses/{response_id}",
+    "GET /health",
+    "GET /ready",
+    "GET /version",
+    "GET /metrics",
+    "POST /v1/embeddings",
+)
+HONEST = {501}  # what it says it does not do
+CHECKS = [status_code_conformance, content_type_conformance, response_schema_conformance, negative_data_rejection]
+
+
+@pytest.fixture(scope="module")
+def server():
+    engine = tiny_engine(session_len=64)
+    with Serving(engine) as server:
+        yield server
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def operations(server):
+    load_all_checks()
+    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+    return {found.ok().label: found.ok() for found in schema.get_all_operations()}
+
+
+def aimed(body: Any) -> Any:
+    """A good body that also keeps the rules between fields, which the document cannot say: so that answers are made."""
+    if not isinstance(body, dict):
+        return body
+    body.pop("model", None)
+    for message in body.get("messages") or ():
+        message["content"] = message.get("content") or "and then?"
+        message.pop("tool_calls", None)
+    if not body.get("logprobs"):
+        body.pop("top_logprobs", None)
+    if not body.get("stream"):
+        body.pop("stream_options", None)
+    for name in ("best_of", "reasoning_effort", "chat_template_kwargs", "tools", "tool_choice", "response_format"):
+        body.pop(name, None)
+    if body.get("n"):
+        body["n"] = 1 + body["n"] % 3
+    for name in ("prompt", "tokens", "stop_token_ids"):
+        if body.get(name):
+            body[name] = _known_ids(body[name])
+    return body
+
+
+def _known_ids(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_known_ids(one) for one in value]
+    return value % 49152 if isinstance(value, int | float) else value
+
+
+def run(operation: Any, mode: GenerationMode, num_cases: int, server: Serving) -> Counter[int]:
+    """How often each status came."""
+    statuses: Counter[int] = Counter()
+
+    @given(case=operation.as_strategy(generation_mode=mode), aim=booleans())
+    @settings(
+        max_examples=num_cases,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate],
+    )
+    def ask(case: Any, aim: bool) -> None:
+        if mode is GenerationMode.POSITIVE and aim:
+            case.body = aimed(case.body)
+        response = case.call(timeout=TIMEOUT_S)
+        statuses[response.status_code] += 1
+        assert response.status_code < 500 or response.status_code in HONEST, (response.text, case.body)
+        case.validate_response(response, checks=CHECKS)
+
+    ask()
+    end = time.monotonic() + TIMEOUT_S
+    while server.context.engine.num_open or server.engine.core.scheduler.has_work:
+        assert time.monotonic() < end, "something is left in the engine"
+        time.sleep(0.01)
+    return statuses
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
+@pytest.mark.parametrize("label", WITH_BODY)
+def test_bodies(server, operations, label, mode):
+    statuses = run(operations[label], mode, NUM_CASES, server)
+    assert statuses.total() >= NUM_CASES
+    if mode is GenerationMode.POSITIVE:
+        assert statuses[200] >= NUM_CASES // 10, "hardly any reached the engine"
+    else:
+        assert set(statuses) <= {400, 404}
+
+
+@pytest.mark.parametrize("label", WITHOUT)
+def test_paths(server, operations, label):
+    run(operations[label], GenerationMode.POSITIVE, 20, server)
+
+
+def test_no_operation_is_left_out(operations):
+    assert set(operations) == {*WITH_BODY, *WITHOUT}
+    assert 2 * NUM_CASES * len(WITH_BODY) >= 2000
