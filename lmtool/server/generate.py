@@ -33,8 +33,9 @@ class Answers:
             )
             for index, request in enumerate(requests)
         }
-        timeout_s = context.config.request_timeout_s
-        self._deadline = asyncio.get_running_loop().time() + timeout_s if timeout_s else None
+        self._deadline: asyncio.TimerHandle | None = None
+        if timeout_s := context.config.request_timeout_s:  # one timer for all reads, not one for each
+            self._deadline = asyncio.get_running_loop().call_later(timeout_s, self._expire)
         self._last: dict[int, Response] = {}  # piece of each request
         self._stream = context.engine.submit(requests)
 
@@ -45,10 +46,12 @@ class Answers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stream.abort()
+        if self._deadline is not None:
+            self._deadline.cancel()
 
     async def __aiter__(self) -> AsyncIterator[Response]:
         while self._answers:
-            for piece in self._pieces(await self._read()):
+            for piece in self._pieces(await self._stream.read()):
                 yield piece
 
     async def whole(self) -> list[Response]:
@@ -64,19 +67,21 @@ class Answers:
             self._context.engine.abort(request_id)
             self._stream.push(TokenOutput(request_id, None, "abort"))
 
-    async def _read(self) -> list[TokenOutput]:
-        try:
-            async with asyncio.timeout_at(self._deadline):
-                return await self._stream.read()
-        except TimeoutError:
-            seconds = self._context.config.request_timeout_s
-            raise Refusal(504, f"the answer took longer than {seconds:g} s", "ask for less", code="timeout") from None
+    def _expire(self) -> None:
+        seconds = self._context.config.request_timeout_s
+        for request_id in self._answers:
+            self._context.engine.abort(request_id)
+            error = Refusal(504, f"the answer took longer than {seconds:g} s", "ask for less", code="timeout")
+            self._stream.push(TokenOutput(request_id, None, "error", error=error))
 
     def _pieces(self, outputs: list[TokenOutput]) -> list[Response]:
         """One piece for each request that got something: tokens that came together are one piece."""
-        sorted_out: dict[int, list[TokenOutput]] = {}
-        for output in outputs:
-            sorted_out.setdefault(output.request_id, []).append(output)
+        if len(outputs) == 1:  # nearly always
+            sorted_out = {outputs[0].request_id: outputs}
+        else:
+            sorted_out = {}
+            for output in outputs:
+                sorted_out.setdefault(output.request_id, []).append(output)
         pieces = []
         for request_id, own in sorted_out.items():
             answer = self._answers.get(request_id)

@@ -47,7 +47,8 @@ class BpeVocabulary:
         self._lock = Lock()
         self.is_byte_level = byte_level
         added = library.get_added_tokens_decoder()
-        self._added = {token_id: token.content.encode() for token_id, token in added.items()}
+        # a server asks for the same tokens some ten thousand times a second
+        self._bytes = {token_id: token.content.encode() for token_id, token in added.items()}
         self.special = frozenset(token_id for token_id, token in added.items() if token.special)
         self.strips_leading_space = strips_leading_space
         self.size = library.get_vocab_size(with_added_tokens=True)
@@ -58,12 +59,13 @@ class BpeVocabulary:
             return self._library.encode(text, add_special_tokens=False).ids
 
     def token_bytes(self, token_id: int) -> bytes:
-        if token_id in self._added:
-            return self._added[token_id]
-        token = self._library.id_to_token(token_id)
-        if token is None:
-            return b""
-        return byte_level(token) if self.is_byte_level else sentencepiece_bytes(token)
+        found = self._bytes.get(token_id)
+        if found is None:
+            token = self._library.id_to_token(token_id)
+            if token is None:
+                return b""
+            found = self._bytes[token_id] = byte_level(token) if self.is_byte_level else sentencepiece_bytes(token)
+        return found
 
     def token_id(self, text: str) -> int | None:
         return self._library.token_to_id(text)
