@@ -1,4 +1,4 @@
-"""One protocol between a chat and whatever makes its tokens: a local engine or, later, a URL.
+"""One protocol between a chat and whatever makes its tokens: an engine of this process, or a URL (`http_backend`).
 
 Knows neither terminal nor rendering. The only file of this room that may import the engine.
 """
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lmtool.config import GenerationConfig
+from lmtool.tokenizer.thinking import OPEN
 
 if TYPE_CHECKING:
     from lmtool.engine.pipeline import Pipeline
@@ -48,8 +49,8 @@ class Backend(Protocol):
         ...
 
     @property
-    def session_len(self) -> int:
-        """The context, in tokens."""
+    def session_len(self) -> int | None:
+        """The context, in tokens; None: not known."""
         ...
 
     def stream(self, messages: Sequence[Message], config: GenerationConfig) -> Iterator[Delta]:
@@ -60,12 +61,16 @@ class Backend(Protocol):
         """
         ...
 
-    def count_tokens(self, messages: Sequence[Message]) -> int:
-        """Tokens of the conversation as the model would be given it."""
+    def count_tokens(self, messages: Sequence[Message]) -> int | None:
+        """Tokens of the conversation as the model would be given it; None: not known."""
         ...
 
     def render(self, messages: Sequence[Message]) -> str:
         """The prompt text after the chat template, special tokens visible (`--show-prompt`)."""
+        ...
+
+    def opens_thought(self, messages: Sequence[Message]) -> bool:
+        """Whether the answer begins inside a thought, because the prompt has opened it."""
         ...
 
     def close(self) -> None:
@@ -95,6 +100,9 @@ class LocalBackend:
 
     def render(self, messages: Sequence[Message]) -> str:
         return self._pipe.tokenizer.render_chat(list(messages))
+
+    def opens_thought(self, messages: Sequence[Message]) -> bool:
+        return self.render(messages).rstrip().endswith(OPEN)
 
     def close(self) -> None:
         self._pipe.close()

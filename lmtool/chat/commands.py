@@ -31,8 +31,8 @@ class Chat:
     last: TurnStats | None = None
     totals: Totals = field(default_factory=Totals)
 
-    def count_tokens(self) -> int:
-        """Tokens that the conversation takes in the context."""
+    def count_tokens(self) -> int | None:
+        """Tokens that the conversation takes in the context; None: not known."""
         return self.backend.count_tokens(self.session.messages()) if self.session.turns else 0
 
 
@@ -118,7 +118,7 @@ def _show(chat: Chat, what: str) -> Next:
     if what:
         raise InputError(f"/show does not know {what!r}", "type /show or /show prompt")
     chat.say(chat.backend.description)
-    chat.say(f"{_turns(chat)}, {chat.count_tokens():,} of {chat.backend.session_len:,} tokens")
+    chat.say(f"{_turns(chat)}, {of_context(chat.count_tokens(), chat.backend.session_len)}")
     _system(chat, "")
     _say_settings(chat)
     return None
@@ -169,6 +169,13 @@ def _stats(chat: Chat, _: str) -> Next:
     for line in [*chat.last.lines(), chat.totals.line()]:
         chat.say(line)
     return None
+
+
+def of_context(count: int | None, limit: int | None) -> str:
+    """How much of the context is used, as far as that is known."""
+    if limit is None:
+        return "tokens not known" if count is None else f"{count:,} tokens"
+    return f"{'?' if count is None else f'{count:,}'} of {limit:,} tokens"
 
 
 def _turns(chat: Chat) -> str:

@@ -14,7 +14,7 @@ from lmtool.chat.escape import neutralise
 from lmtool.chat.stats import TurnStats
 from lmtool.config import GenerationConfig
 from lmtool.errors import InputError
-from lmtool.tokenizer.thinking import OPEN, ThinkSplitter
+from lmtool.tokenizer.thinking import ThinkSplitter
 
 
 def read_question(prompt: str | None, stdin: TextIO) -> str | None:
@@ -53,7 +53,7 @@ class Answer:
 
 def answer(backend: Backend, messages: list[Message], config: GenerationConfig, out: TextIO | None) -> Answer:
     """Generate one answer; with ``out`` its text is written there as it comes."""
-    splitter = ThinkSplitter(inside=backend.render(messages).rstrip().endswith(OPEN))
+    splitter = ThinkSplitter(inside=backend.opens_thought(messages))
     pieces: list[tuple[bool, str]] = []
     logprobs: list[Any] = []
     last = Delta(text="")

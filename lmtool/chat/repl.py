@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from lmtool.chat import commands
-from lmtool.chat.backend import Backend, Delta
+from lmtool.chat.backend import Backend, Delta, Message
 from lmtool.chat.commands import Ask, Chat, Leave
 from lmtool.chat.escape import neutralise
 from lmtool.chat.keys import Reader
@@ -18,7 +18,6 @@ from lmtool.chat.session import Session, Turn
 from lmtool.chat.settings import Settings
 from lmtool.chat.stats import TurnStats
 from lmtool.errors import InputError, LmtoolError
-from lmtool.tokenizer.thinking import OPEN
 
 EXIT_OK, EXIT_INTERRUPTED = 0, 130
 _TWICE_S = 2.0  # a Ctrl-C this soon after the one that stopped an answer means: leave
@@ -50,7 +49,7 @@ class Repl:
         self._chat = Chat(backend, session, settings, self._say)
         self._reader = Reader(history=options.history, double_enter=options.double_enter, toolbar=self._toolbar)
         self._options = options
-        self._used_tokens = 0
+        self._used_tokens: int | None = 0
         self._pump: Pump | None = None
         self._draft = ""  # what the next prompt starts with
         self._hinted = False
@@ -125,9 +124,9 @@ class Repl:
         """Whether the conversation fits, after dropping what the user agreed to drop. Never drops silently."""
         session, limit = self._chat.session, self._chat.backend.session_len
         count = self._chat.backend.count_tokens(session.messages(question))
-        if count < limit:
-            return True
-        alone = self._chat.backend.count_tokens(Session(session.system).messages(question))
+        if count is None or limit is None or count < limit:
+            return True  # what is not known here, a server refuses itself
+        alone = self._count(Session(session.system).messages(question))
         if alone >= limit:
             raise InputError(
                 f"the message has {alone:,} tokens with the system prompt, the context holds {limit:,}",
@@ -150,10 +149,13 @@ class Repl:
         wanted = limit - min(_ANSWER_ROOM, limit // 4)
         left = 0
         for num_turns in range(1, len(turns) + 1):
-            left = self._chat.backend.count_tokens(Session(system, turns[num_turns:]).messages(question))
+            left = self._count(Session(system, turns[num_turns:]).messages(question))
             if left <= wanted:
                 return num_turns, left
         return len(turns), left
+
+    def _count(self, messages: list[Message]) -> int:
+        return self._chat.backend.count_tokens(messages) or 0
 
     def _answer(self, question: str) -> bool:
         """Stream one answer and keep the turn; False when there is nothing to keep."""
@@ -165,7 +167,8 @@ class Repl:
         self._pump = pump = Pump(chat.backend.stream(messages, chat.settings.generation))
         text, last, first_s = "", Delta(text=""), None
         printer = self._printer(messages)
-        waiting = f"reading {chat.backend.count_tokens(messages):,} tokens …"
+        count = chat.backend.count_tokens(messages)
+        waiting = "waiting …" if count is None else f"reading {count:,} tokens …"
         with StopOnInterrupt(pump), without_echo():
             try:
                 for delta in pump.deltas(REFRESH_S):
@@ -186,7 +189,7 @@ class Repl:
         return AnswerPrinter(
             answer_view(self._out, markdown=settings.markdown),
             self._say,
-            inside_thought=self._chat.backend.render(messages).rstrip().endswith(OPEN),
+            inside_thought=self._chat.backend.opens_thought(messages),
             show_thought=settings.think,
         )
 
@@ -207,7 +210,8 @@ class Repl:
 
     def _toolbar(self) -> str:
         limit = self._chat.backend.session_len
-        return f"context {self._used_tokens:,}/{limit:,} tokens · /help"
+        used = "?" if self._used_tokens is None else f"{self._used_tokens:,}"
+        return f"context {used}{'' if limit is None else f'/{limit:,}'} tokens · /help"
 
     def _say(self, text: str) -> None:
         self._tell(text, "dim")

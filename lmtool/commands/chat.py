@@ -101,7 +101,7 @@ def chat(
         max_batch_size=1,  # one conversation: fewer kernels to compile and one graph to capture
     )
     question = read_question(prompt, sys.stdin)
-    _check_combination(question, json=json, show_prompt=show_prompt, logprobs=logprobs)
+    check_combination(question, json=json, show_prompt=show_prompt, logprobs=logprobs)
     source = _Source(model, chat_template, revision, download_dir)
     if question is None:
         code = _talk(
@@ -111,7 +111,7 @@ def chat(
             system,
             markdown=markdown,
             double_enter=double_enter,
-            history=_history_file(history, history_file),
+            history=history_path(history, history_file),
         )
         raise typer.Exit(code)
     if show_prompt:
@@ -130,7 +130,8 @@ class _Source:
     download_dir: Path | None
 
 
-def _check_combination(question: str | None, *, json: bool, show_prompt: bool, logprobs: int | None) -> None:
+def check_combination(question: str | None, *, json: bool, show_prompt: bool, logprobs: int | None) -> None:
+    """Raises ConfigError for flags that do not go together."""
     if question is None:
         for flag, used in (("--json", json), ("--show-prompt", show_prompt)):
             if used:
@@ -189,7 +190,8 @@ def _talk(
         backend.close()
 
 
-def _history_file(history: bool, path: Path | None) -> Path | None:
+def history_path(history: bool, path: Path | None) -> Path | None:
+    """Where typed lines are kept, made ready; None: nowhere."""
     from lmtool.chat.history import default_history, prepare_history
 
     return prepare_history(path or default_history()) if history else None

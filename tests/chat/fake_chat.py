@@ -63,6 +63,9 @@ class FakeBackend:
     def render(self, messages: Sequence[Message]) -> str:
         return "".join(f"<|{message['role']}|>{message['content']}" for message in messages) + "<|assistant|>"
 
+    def opens_thought(self, messages: Sequence[Message]) -> bool:
+        return False
+
     def stream(self, messages: Sequence[Message], config: GenerationConfig) -> Iterator[Delta]:
         question = messages[-1]["content"]
         num_prompt = self.count_tokens(messages)
