@@ -53,7 +53,8 @@ def main() -> int:
 
 
 def _wait_for_end_of_stdin(over: threading.Event, serving: threading.Event) -> None:
-    sys.stdin.buffer.read()
+    while os.read(sys.stdin.fileno(), 1):  # not through sys.stdin: its lock would be held when the interpreter ends
+        pass
     over.set()
     if not serving.is_set():
         os._exit(0)  # loading a model may take a while yet, and nobody waits for it

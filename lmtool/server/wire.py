@@ -108,22 +108,20 @@ class Output(msgspec.Struct, tag=True, frozen=True, array_like=True):
             output.finish_reason,
             output.num_cached_tokens,
             output.logprob,
-            getattr(output, "prompt_logprobs", None),
+            output.prompt_logprobs,
             failure,
         )
 
     def output(self) -> TokenOutput:
-        found = TokenOutput(
+        return TokenOutput(
             self.request_id,
             self.token_id,
             self.finish_reason,
             self.logprob,
             self.num_cached_tokens,
             self.failure.error() if self.failure is not None else None,
+            self.prompt_logprobs,
         )
-        if self.prompt_logprobs is not None:
-            found.prompt_logprobs = self.prompt_logprobs  # type: ignore[attr-defined]
-        return found
 
 
 ToEngine = Submit | Abort
