@@ -1,5 +1,6 @@
 """Byte-level BPE of a GGUF and tokenizer.json: ids and text against transformers and the tokenizers library."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,21 @@ def test_smollm2_published_ids(smollm2: Tokenizer) -> None:
     assert smollm2.vocab_size == 49152
     assert smollm2.bos_id == 1
     assert smollm2.eos_ids == {2}
+
+
+def test_nobody_waits_for_another_threads_text(smollm2: Tokenizer) -> None:
+    """Neither for one that has names of special tokens in it, nor for one that reads them otherwise."""
+    name = "<|im_end|>"
+    expected = [smollm2.encode(name, parse_special=special) for special in (True, False)]
+    assert expected[0] == [2]
+    assert len(expected[1]) > 1
+    long = threading.Thread(target=smollm2.encode, args=((name + " and so on, ") * 20_000,))
+    long.start()
+    num_done = 0
+    while long.is_alive():
+        assert [smollm2.encode(name, parse_special=special) for special in (True, False)] == expected
+        num_done += 1
+    assert num_done > 10
 
 
 @pytest.fixture(scope="module")

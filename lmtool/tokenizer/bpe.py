@@ -40,23 +40,36 @@ CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 
 
 class BpeVocabulary:
-    """`Vocabulary` over one object of the library. Safe to call from several threads."""
+    """`Vocabulary` over an object of the library. Safe to call from several threads, none of which waits for another:
+    whether names of special tokens are those tokens is a property of the whole object, so there are two."""
 
     def __init__(self, library: LibraryTokenizer, byte_level: bool, strips_leading_space: bool = False) -> None:
-        self._library = library
+        self._library = library  # reads names of special tokens as those tokens
+        self._plain: LibraryTokenizer | None = None  # as text; made when a text first has such a name
         self._lock = Lock()
         self.is_byte_level = byte_level
         added = library.get_added_tokens_decoder()
         # a server asks for the same tokens some ten thousand times a second
         self._bytes = {token_id: token.content.encode() for token_id, token in added.items()}
         self.special = frozenset(token_id for token_id, token in added.items() if token.special)
+        # a name that is looked for in what the text is made into may come out of another text
+        self._names = ["" if token.normalized else token.content for token in added.values() if token.special]
         self.strips_leading_space = strips_leading_space
         self.size = library.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, parse_special: bool) -> list[int]:
-        with self._lock:  # the library has this as a property of the whole object
-            self._library.encode_special_tokens = not parse_special
-            return self._library.encode(text, add_special_tokens=False).ids
+        library = self._library
+        if not parse_special and any(name in text for name in self._names):
+            library = self._without_special()
+        return library.encode(text, add_special_tokens=False).ids
+
+    def _without_special(self) -> LibraryTokenizer:
+        with self._lock:
+            if self._plain is None:
+                plain = LibraryTokenizer.from_str(self._library.to_str())
+                plain.encode_special_tokens = True
+                self._plain = plain
+            return self._plain
 
     def token_bytes(self, token_id: int) -> bytes:
         found = self._bytes.get(token_id)
