@@ -57,7 +57,7 @@ def plain_messages(messages: Sequence[Message], tokenizer: Tokenizer) -> list[di
     knows_developers = "developer" in (tokenizer.chat_template or "")
     found = []
     for i, message in enumerate(messages):
-        plain = message.model_dump(exclude_none=True)
+        plain = message.model_dump(exclude_none=True, exclude={"refusal", "annotations"})
         if message.content is None and not message.tool_calls:
             raise Refusal(400, f"messages[{i}] has no content", "give a text", param=f"messages[{i}].content")
         plain["content"] = "\n".join(_texts(message))

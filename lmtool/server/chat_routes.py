@@ -57,7 +57,7 @@ async def _prepared(context: ServerContext, body: ChatRequest) -> tuple[list[Eng
 
 def _given(body: ChatRequest, use: ToolUse | None) -> dict[str, Any]:
     """What `GenerationConfig` calls differently, and what tools ask of it."""
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise Refusal(400, "top_logprobs is for logprobs", "leave it out or give logprobs: true", param="top_logprobs")
     most = {body.max_tokens, body.max_completion_tokens} - {None}
     if len(most) > 1:

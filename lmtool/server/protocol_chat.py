@@ -28,7 +28,9 @@ class ToolCall(Strict):
 
 
 class Message(Strict):
-    """reasoning_content: of an earlier answer; what becomes of it is the template's business."""
+    """reasoning_content: of an earlier answer; what becomes of it is the template's business. refusal and annotations
+    come back with answers that clients send again; no template knows them.
+    """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
@@ -37,6 +39,7 @@ class Message(Strict):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
+    annotations: list[Any] | None = None
     audio: None = None
     function_call: None = None
 

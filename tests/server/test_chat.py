@@ -170,3 +170,10 @@ def test_the_default_length_is_the_contexts(serving):
     answer = ask(serving, max_completion_tokens=openai.omit, extra_body={"ignore_eos": True})
     assert answer.usage.total_tokens == 512
     assert answer.choices[0].finish_reason == "length"
+
+
+def test_an_answer_may_be_sent_back_as_it_came(serving):
+    first = ask(serving).choices[0].message
+    for again in (first, first.model_dump(), first.to_dict()):
+        answer = ask(serving, messages=[*HELLO, again, {"role": "user", "content": "And?"}])
+        assert answer.usage.completion_tokens == 12
