@@ -20,6 +20,8 @@ MODEL_COMMANDS = {"chat", "convert", "inspect", "lite auto-awq", "lite calibrate
 # a boolean flag -> what to say for an explicit False; None: saying nothing means False
 BOOLEAN_FLAGS: dict[str, str | None] = {
     "--json": None,
+    "--share": None,
+    "--restful-api": None,
     "--tune": None,
     "--ignore-eos": "--no-ignore-eos",
     "--no-ignore-eos": "--ignore-eos",

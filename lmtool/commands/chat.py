@@ -102,7 +102,7 @@ def chat(
     )
     question = read_question(prompt, sys.stdin)
     check_combination(question, json=json, show_prompt=show_prompt, logprobs=logprobs)
-    source = _Source(model, chat_template, revision, download_dir)
+    source = Source(model, chat_template, revision, download_dir)
     if question is None:
         code = _talk(
             source,
@@ -121,7 +121,7 @@ def chat(
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
+class Source:
     """Where the model comes from."""
 
     model: str
@@ -142,7 +142,7 @@ def check_combination(question: str | None, *, json: bool, show_prompt: bool, lo
         raise ConfigError("--logprobs has nowhere to go", "give --json as well")
 
 
-def _load(source: _Source, engine: EngineConfig) -> Any:
+def load_pipeline(source: Source, engine: EngineConfig) -> Any:
     """A Pipeline; a person at a terminal sees how far it is."""
     from lmtool.chat.loading import loading
 
@@ -160,7 +160,7 @@ def _load(source: _Source, engine: EngineConfig) -> Any:
 
 
 def _talk(
-    source: _Source,
+    source: Source,
     engine: EngineConfig,
     sampling: dict[str, Any],
     system: str | None,
@@ -178,7 +178,7 @@ def _talk(
     from lmtool.chat.session import Session
     from lmtool.chat.settings import Settings
 
-    pipe = _load(source, engine)
+    pipe = load_pipeline(source, engine)
     backend = LocalBackend(pipe)
     try:
         config = options.generation_config(sampling, pipe.default_generation)
@@ -198,7 +198,7 @@ def history_path(history: bool, path: Path | None) -> Path | None:
 
 
 def _answer(
-    source: _Source,
+    source: Source,
     engine: EngineConfig,
     sampling: dict[str, Any],
     system: str | None,
@@ -211,7 +211,7 @@ def _answer(
     from lmtool.chat.session import Session
 
     begun_s = time.perf_counter()
-    pipe = _load(source, engine)
+    pipe = load_pipeline(source, engine)
     load_s = time.perf_counter() - begun_s
     backend = LocalBackend(pipe)
     try:
@@ -225,7 +225,7 @@ def _answer(
         backend.close()
 
 
-def _show_prompt(source: _Source, system: str | None, question: str) -> None:
+def _show_prompt(source: Source, system: str | None, question: str) -> None:
     """The text behind the chat template, special tokens and all; needs the tokenizer only."""
     from lmtool.chat.escape import neutralise
     from lmtool.chat.session import Session

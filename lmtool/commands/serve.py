@@ -8,11 +8,13 @@ import typer
 
 from lmtool.commands import options
 from lmtool.commands.serve_client import api_client
+from lmtool.commands.serve_gradio import gradio
 from lmtool.commands.settings_file import read_settings
 from lmtool.errors import ConfigError, InputError
 
 app = typer.Typer(no_args_is_help=True, help="Serve a model over HTTP, and talk to a server.")
 app.command("api-client")(api_client)
+app.command("gradio")(gradio)
 
 _SERVER = "Server"
 _LIMITS = "Limits"

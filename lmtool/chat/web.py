@@ -1,0 +1,190 @@
+"""The chat as a page in a browser, made with gradio: streamed answers, conversations, a system prompt, sampling.
+
+Nothing of it comes from elsewhere or is told to anybody: gradio's analytics are off, fonts and scripts are its own.
+"""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from lmtool.chat.backend import Backend
+from lmtool.chat.web_book import Answering, Book, answer_shown, sampling, shown
+from lmtool.config import GenerationConfig
+from lmtool.errors import LmtoolError
+
+_REFRESH_S = 0.05
+_NUM_PARTS = 7  # of the page, that `Page._page` fills
+_CSS = "footer {display: none !important}"
+
+
+class Page:
+    """blocks: gradio's, to be launched. defaults: sampling before a user changes it."""
+
+    def __init__(self, backend: Backend, defaults: GenerationConfig, *, users: int) -> None:
+        self._backend = backend
+        self._defaults = defaults
+        self._answering: dict[str | None, Answering] = {}  # by browser page
+        self.blocks = self._build()
+        # answers wait in the backend, not in gradio: by itself it would make one at a time
+        self.blocks.queue(default_concurrency_limit=users, api_open=False)
+
+    # ------------------------------------------------------------------ what is on the page
+    def _build(self) -> gr.Blocks:
+        defaults = self._defaults
+        with gr.Blocks(title="lmtool", analytics_enabled=False, fill_height=True) as blocks:
+            book = gr.State(Book())
+            with gr.Row():
+                with gr.Column(scale=1, min_width=220):
+                    gr.Markdown(f"**lmtool**\n\n`{self._backend.description.replace('`', '')}`")
+                    chosen = gr.Radio(Book().titles(), value=1, label="Conversations", elem_id="conversations")
+                    with gr.Row():
+                        new = gr.Button("New", elem_id="new")
+                        delete = gr.Button("Delete", elem_id="delete")
+                    system = gr.Textbox(label="System prompt", lines=3, elem_id="system")
+                    temperature = gr.Slider(0, 2, defaults.temperature, label="Temperature", elem_id="temperature")
+                    top_p = gr.Slider(0.01, 1, defaults.top_p, label="Top p", elem_id="top_p")
+                    most = gr.Number(
+                        defaults.max_new_tokens or 0, label="Most new tokens (0: the context)", precision=0
+                    )
+                with gr.Column(scale=4):
+                    chat = gr.Chatbot(
+                        show_label=False,
+                        height="70vh",
+                        elem_id="chat",
+                        allow_tags=False,  # a model's HTML is text
+                        buttons=["copy", "copy_all"],  # and none that shares with others
+                    )
+                    status = gr.Textbox(show_label=False, container=False, interactive=False, elem_id="status")
+                    with gr.Row():
+                        question = gr.Textbox(
+                            show_label=False, placeholder="Say something", scale=8, lines=1, elem_id="question"
+                        )
+                        send = gr.Button("Send", variant="primary", elem_id="send")
+                        stop = gr.Button("Stop", elem_id="stop")
+            page = [chat, question, status, chosen, new, delete, book]
+            fields = [question, book, system, temperature, top_p, most]
+            gr.on(
+                [send.click, question.submit],
+                self._answer,
+                fields,
+                page,
+                show_progress="hidden",
+                api_visibility="private",
+            )
+            # not queued: it is wanted now, whoever else waits
+            stop.click(self._stop, queue=False, api_visibility="private")
+            for event, turn, more in (
+                (chosen.input, self._choose, [chosen]),
+                (new.click, self._begin, []),
+                (delete.click, self._delete, []),
+                (chat.clear, self._clear, []),
+            ):
+                event(turn, [book, system, *more], [*page, system], show_progress="hidden", api_visibility="private")
+            blocks.unload(self._stop)
+        return blocks
+
+    # ------------------------------------------------------------------ what happens
+    def _answer(
+        self,
+        question: str,
+        book: Book,
+        system: str,
+        temperature: float,
+        top_p: float,
+        most: float | None,
+        request: gr.Request,
+    ) -> Iterator[list[Any]]:
+        session = book.session
+        if request.session_hash in self._answering:  # Enter, pressed while an answer comes
+            yield [gr.skip()] * _NUM_PARTS
+            return
+        if not question.strip():
+            yield self._page(book, "type something first")
+            return
+        session.system = system.strip() or None
+        asked = shown(session, question)
+        drawn_s, draft = 0.0, None
+        yield self._page(book, "…", asked, busy=True, draft="")
+        try:
+            config = sampling(self._defaults, temperature, top_p, most)
+            turn = self._answering[request.session_hash] = Answering(self._backend, session, question, config)
+            for text in turn:
+                if time.monotonic() - drawn_s > _REFRESH_S:
+                    drawn_s = time.monotonic()
+                    yield self._page(book, "…", asked + answer_shown(text, inside=turn.inside), busy=True)
+            kept = turn.keep()
+            status = turn.summary() if kept else "stopped; nothing is kept"
+            draft = None if kept else question
+        except LmtoolError as error:
+            status, draft = " ".join(f"error: {error}".split()), question
+        finally:
+            self._answering.pop(request.session_hash, None)
+        yield self._page(book, status, draft=draft)
+
+    def _stop(self, request: gr.Request) -> None:
+        turn = self._answering.get(request.session_hash)
+        if turn is not None:
+            turn.abort()
+
+    def _choose(self, book: Book, system: str, number: int) -> list[Any]:
+        return self._turn_to(book, system, lambda: book.choose(number))
+
+    def _begin(self, book: Book, system: str) -> list[Any]:
+        return self._turn_to(book, system, book.begin)
+
+    def _delete(self, book: Book, system: str) -> list[Any]:
+        return self._turn_to(book, system, book.delete)
+
+    def _clear(self, book: Book, system: str, request: gr.Request) -> list[Any]:
+        """An answer that is under way goes with the rest."""
+        turn = self._answering.get(request.session_hash)
+        if turn is not None:
+            turn.drop()
+        return self._turn_to(book, system, book.session.clear)
+
+    def _turn_to(self, book: Book, system: str, go: Any) -> list[Any]:
+        """Another conversation; the one that is left keeps what its system prompt was made."""
+        book.session.system = system.strip() or None
+        try:
+            go()
+            status = ""
+        except LmtoolError as error:
+            status = f"error: {error}"
+        return [*self._page(book, status), book.session.system or ""]
+
+    def _page(
+        self, book: Book, status: str, messages: Any = None, *, busy: bool = False, draft: str | None = None
+    ) -> list[Any]:
+        """What stands in chat, question, status, conversations and their buttons, and the book itself. draft: instead
+        of what the user is typing."""
+        idle = not busy  # an answer that is under way belongs to the conversation on the page
+        return [
+            shown(book.session) if messages is None else messages,
+            gr.skip() if draft is None else draft,
+            status,
+            gr.update(choices=book.titles(), value=book.current, interactive=idle),
+            gr.update(interactive=idle),
+            gr.update(interactive=idle),
+            book,
+        ]
+
+
+def launch(page: Page, name: str, port: int) -> str:
+    """Serve it on threads of its own; its address."""
+    _, url, _ = page.blocks.launch(
+        server_name=name,
+        server_port=port,
+        share=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        ssr_mode=False,
+        css=_CSS,
+        theme=gr.themes.Base(),
+        footer_links=[],
+        max_file_size=1024,  # there is nothing to upload
+        mcp_server=False,
+        enable_monitoring=False,
+    )
+    return str(url)
