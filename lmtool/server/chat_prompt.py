@@ -14,6 +14,7 @@ from lmtool.tokenizer import Tokenizer
 from lmtool.tokenizer.thinking import OPEN
 
 _TAIL = 8  # tokens in which a template would open a thought
+_MESSAGE_CHARS = 10  # what a message costs besides its text
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ async def chat_prompt(
             raise Refusal(400, error.cause, error.fix, param="messages") from error
         return ChatPrompt.of(ids, tokenizer)
 
-    num_chars = sum(len(text) for message in messages for text in _texts(message))
+    num_chars = sum(_MESSAGE_CHARS + len(text) for message in messages for text in ("", *_texts(message)))
     return await off_the_loop(num_chars, make)
 
 

@@ -4,12 +4,16 @@ Every field of OpenAI's is here, or its fix is in `SENTENCES`: it is honoured, h
 have the value that changes nothing. A field that is not here is refused by name. Knows neither tokens nor the engine.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from lmtool.config import MAX_LOGPROBS
 
+T = TypeVar("T")
+Many = Annotated[
+    list[T], Field(fail_fast=True)
+]  # the first that is wrong is told: a million of them would take half a minute
 Id = Annotated[int, Field(ge=0, lt=2**31)]
 TopLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 MaxTokens = Annotated[int, Field(ge=1, lt=2**31)]
@@ -72,7 +76,7 @@ class Generation(Strict):
     n: Annotated[int, Field(ge=1)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: str | list[str] | None = None
+    stop: str | Many[str] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -87,6 +91,6 @@ class Generation(Strict):
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
-    stop_token_ids: Annotated[list[Id], Field(max_length=256)] | None = None
-    bad_words: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=256)] | None = None
+    stop_token_ids: Annotated[Many[Id], Field(max_length=256)] | None = None
+    bad_words: Annotated[Many[Annotated[str, Field(min_length=1)]], Field(max_length=256)] | None = None
     response_format: dict[str, Any] | None = None

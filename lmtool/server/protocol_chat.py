@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from lmtool.server.protocol import Generation, MaxTokens, Strict, TopLogprobs
+from lmtool.server.protocol import Generation, Many, MaxTokens, Strict, TopLogprobs
 
 Scalar = str | int | float | bool | None
 
@@ -33,13 +33,13 @@ class Message(Strict):
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Many[TextPart] | None = None
     name: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Many[ToolCall] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
-    annotations: list[Any] | None = None
+    annotations: Many[Any] | None = None
     audio: None = None
     function_call: None = None
 
@@ -50,8 +50,8 @@ class Prompted(Strict):
     chat_template_kwargs: values of variables that the model's template reads, such as enable_thinking.
     """
 
-    messages: Annotated[list[Message], Field(min_length=1)]
-    tools: list[dict[str, Any]] | None = None
+    messages: Annotated[Many[Message], Field(min_length=1)]
+    tools: Many[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Scalar] | None = None
 
 
@@ -70,7 +70,7 @@ class ChatRequest(Generation, Prompted):
     # taken only with the value that changes nothing
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Many[Literal["text"]] | None = None
     verbosity: None = None
     audio: None = None
     prediction: None = None

@@ -4,11 +4,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from lmtool.server.protocol import Generation, Id, TopLogprobs
+from lmtool.server.protocol import Generation, Id, Many, TopLogprobs
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
-Ids = Annotated[list[Id], Field(min_length=1)]
+Ids = Annotated[Many[Id], Field(min_length=1)]
 
 
 class CompletionRequest(Generation):
@@ -18,7 +18,7 @@ class CompletionRequest(Generation):
     tokenizer's beginning (BOS) before a text.
     """
 
-    prompt: str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
+    prompt: str | Ids | Annotated[Many[str], Field(min_length=1)] | Annotated[Many[Ids], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     echo: bool | None = None
     logprobs: TopLogprobs | None = None

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from lmtool.server.protocol import Strict
+from lmtool.server.protocol import Many, Strict
 from lmtool.server.protocol_chat import Message
 
 
@@ -18,12 +18,12 @@ class InteractiveRequest(Strict):
     seed               not LMDeploy's
     """
 
-    prompt: str | list[Message] = ""
+    prompt: str | Many[Message] = ""
     session_id: Annotated[int, Field(ge=-1, lt=2**63)] = -1
     interactive_mode: bool = False
     stream: bool = False
     cancel: bool = False
-    stop: str | list[str] | None = None
+    stop: str | Many[str] | None = None
     request_output_len: Annotated[int, Field(ge=1, lt=2**31)] | None = 512
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.8
     top_k: Annotated[int, Field(ge=0, lt=2**31)] = 40

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from lmtool.server.protocol import MaxTokens, Strict
+from lmtool.server.protocol import Many, MaxTokens, Strict
 
 FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 
@@ -14,8 +14,8 @@ class TextPart(Strict):
 
     type: Literal["input_text", "output_text", "text"]
     text: str
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
-    logprobs: Annotated[list[Any], Field(max_length=0)] | None = None
+    annotations: Annotated[Many[Any], Field(max_length=0)] | None = None
+    logprobs: Annotated[Many[Any], Field(max_length=0)] | None = None
 
 
 class MessageItem(Strict):
@@ -23,7 +23,7 @@ class MessageItem(Strict):
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Many[TextPart]
     id: str | None = None
     status: Literal["in_progress", "completed", "incomplete"] | None = None
     phase: None = None
@@ -41,7 +41,7 @@ class CallItem(Strict):
 class ResultItem(Strict):
     type: Literal["function_call_output"]
     call_id: str
-    output: str | list[TextPart]
+    output: str | Many[TextPart]
     id: str | None = None
     status: Literal["in_progress", "completed", "incomplete"] | None = None
 
@@ -56,8 +56,8 @@ class ReasoningItem(Strict):
 
     type: Literal["reasoning"]
     id: str | None = None
-    summary: Annotated[list[Any], Field(max_length=0)] | None = None
-    content: list[ReasoningPart] | None = None
+    summary: Annotated[Many[Any], Field(max_length=0)] | None = None
+    content: Many[ReasoningPart] | None = None
     encrypted_content: None = None
     status: Literal["in_progress", "completed", "incomplete"] | None = None
 
@@ -104,7 +104,7 @@ class ResponsesRequest(Strict):
     """
 
     model: str | None = None
-    input: str | Annotated[list[Item], Field(min_length=1)]
+    input: str | Annotated[Many[Item], Field(min_length=1)]
     instructions: str | None = None
     previous_response_id: str | None = None
     store: bool | None = None
@@ -114,7 +114,7 @@ class ResponsesRequest(Strict):
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     text: TextConfig | None = None
-    tools: list[FunctionTool] | None = None
+    tools: Many[FunctionTool] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
@@ -125,7 +125,7 @@ class ResponsesRequest(Strict):
     prompt_cache_key: str | None = None
     # taken only with the value that changes nothing
     background: Literal[False] | None = None
-    include: Annotated[list[str], Field(max_length=0)] | None = None
+    include: Annotated[Many[str], Field(max_length=0)] | None = None
     service_tier: Literal["auto", "default"] | None = None
     top_logprobs: Literal[0] | None = None
     truncation: Literal["disabled"] | None = None

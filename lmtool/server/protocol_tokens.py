@@ -2,7 +2,7 @@
 
 from pydantic import model_validator
 
-from lmtool.server.protocol import Id, Strict
+from lmtool.server.protocol import Id, Many, Strict
 from lmtool.server.protocol_chat import Message, Scalar
 
 
@@ -12,7 +12,7 @@ class TokenizeRequest(Strict):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: Many[Message] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Scalar] | None = None
@@ -29,12 +29,12 @@ class TokenizeRequest(Strict):
 
 class DetokenizeRequest(Strict):
     model: str | None = None
-    tokens: list[Id]
+    tokens: Many[Id]
 
 
 class EncodeRequest(Strict):
     """do_preprocess: the text is a user's message, told to the chat template. add_bos: the tokenizer's beginning."""
 
-    input: str | list[str]
+    input: str | Many[str]
     do_preprocess: bool = False
     add_bos: bool = True

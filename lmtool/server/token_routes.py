@@ -25,14 +25,11 @@ def token_router(context: ServerContext) -> APIRouter:
         """Token ids of a prompt or of a conversation."""
         check_model(context, body.model)
         ids = await _ids(tokenizer, body)
-        return json_response(
-            {
-                "count": len(ids),
-                "max_model_len": context.info.session_len,
-                "tokens": ids,
-                "token_strs": [tokenizer.token_text(i) for i in ids] if body.return_token_strs else None,
-            }
-        )
+        texts = None
+        if body.return_token_strs:
+            texts = await off_the_loop(len(ids), lambda: [tokenizer.token_text(i) for i in ids])
+        length = context.info.session_len
+        return json_response({"count": len(ids), "max_model_len": length, "tokens": ids, "token_strs": texts})
 
     @router.post("/detokenize", responses=answers_documented(Detokenized))
     async def detokenize(body: DetokenizeRequest) -> Response:

@@ -86,10 +86,10 @@ def _check_bounds(context: ServerContext, body: Generation, stop: Sequence[str])
 
 
 def _logit_bias(body: Generation) -> dict[int, float]:
-    try:
-        return {int(token_id): float(bias) for token_id, bias in (body.logit_bias or {}).items()}
-    except ValueError:
-        raise Refusal(400, "logit_bias has a key that is no token id", "give numbers", param="logit_bias") from None
+    given = body.logit_bias or {}
+    if not all(re.fullmatch(r"[0-9]{1,10}", key) for key in given):
+        raise Refusal(400, "logit_bias has a key that is no token id", "give numbers", param="logit_bias")
+    return {int(key): float(bias) for key, bias in given.items()}
 
 
 def named(make: Callable[[], T]) -> T:
@@ -97,7 +97,7 @@ def named(make: Callable[[], T]) -> T:
     try:
         return make()
     except RequestError as error:
-        found = re.search(r"--([a-z][a-z-]*)", error.cause)
+        found = re.search(r"--([a-z][a-z-]*)", error.cause) or re.match(r"([a-z_]+): ", error.cause)
         param = _field(found[1]) if found else None
         raise Refusal(400, _as_fields(error.cause), error.fix and _as_fields(error.fix), param=param) from error
 

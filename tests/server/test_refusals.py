@@ -1,8 +1,17 @@
 """What cannot be is refused as OpenAI refuses: an error object, one line of cause and fix, and the field's name."""
 
+import json
+
 import openai
 import pytest
+from pydantic import ValidationError
 
+from lmtool.server.errors import Refusal
+from lmtool.server.json_body import parse
+from lmtool.server.protocol_chat import ChatRequest
+from lmtool.server.protocol_completion import CompletionRequest
+from lmtool.server.protocol_interactive import InteractiveRequest
+from lmtool.server.protocol_responses import ResponsesRequest
 from tests.server.serving import Serving
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -159,6 +168,24 @@ def test_paths_and_methods_that_there_are_not(serving):
     assert (missing.status_code, missing.json()["error"]["type"]) == (404, "not_found_error")
     assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
     assert wrong.json()["error"]["code"] == "method_not_allowed"
+
+
+def test_a_long_list_of_wrong_things_is_one_thing():
+    """Telling of each would take half a minute of everybody's time."""
+    for kind, body in (
+        (CompletionRequest, {"prompt": [0.5] * 10_000}),
+        (CompletionRequest, {"prompt": [[1, "a"]] * 10_000}),
+        (CompletionRequest, {"prompt": "a", "stop": [1] * 10_000}),
+        (ChatRequest, {"messages": [{"rol": "user"}] * 10_000}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [{"type": "image_url"}] * 10_000}]}),
+        (ResponsesRequest, {"input": [{"rol": "user"}] * 10_000}),
+        (InteractiveRequest, {"prompt": [{"rol": "user"}] * 10_000}),
+    ):
+        with pytest.raises(ValidationError) as refused:
+            kind(**body)
+        assert refused.value.error_count() < 100
+    with pytest.raises(Refusal, match="more than 50000 fields"):
+        parse(json.dumps({str(i): 1 for i in range(50_001)}).encode())
 
 
 def test_what_is_refused_costs_the_others_nothing(serving):
