@@ -30,6 +30,7 @@ from lmtool.server.protocol_interactive import InteractiveRequest
 from lmtool.server.refusals import json_response
 from lmtool.server.sessions import Turn
 from lmtool.server.sse import DONE, EventStream, event
+from lmtool.server.tools_messages import conversation
 from lmtool.server.translate import named, off_the_loop, requests
 
 _NOTHING = {"text": "", "tokens": 0, "input_tokens": 0, "history_tokens": 0, "cached_tokens": 0, "finish_reason": None}
@@ -110,7 +111,8 @@ class InteractiveTurn:
                 turn = await stack.enter_async_context(self._context.sessions.turn(self._owner, self._name))
                 found = await self._context.sessions.get(self._owner, self._name)
                 past = Dialogue.decode(found) if found else None
-            new = plain_messages(_messages(self._body), self._context.tokenizer)
+            tokenizer = self._context.tokenizer
+            new = conversation(plain_messages(_messages(self._body), tokenizer), tokenizer)
             ids, num_history = await self._read(past, new)
             asked = requests(self._context, [ids], self._config, 1, "prompt")
             made = Piece()

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lmtool.errors import LmtoolError
 from lmtool.server.errors import Refusal
 
 MAX_BYTES = 256 << 20
@@ -175,13 +176,16 @@ class SessionStore:
     def _changing(self) -> Iterator[sqlite3.Connection]:
         """One transaction, whole or not at all."""
         with self._lock:
-            self._database.execute("BEGIN IMMEDIATE")
             try:
-                yield self._database
-            except BaseException:
-                self._database.execute("ROLLBACK")
-                raise
-            self._database.execute("COMMIT")
+                self._database.execute("BEGIN IMMEDIATE")
+                try:
+                    yield self._database
+                except BaseException:
+                    self._database.execute("ROLLBACK")
+                    raise
+                self._database.execute("COMMIT")
+            except sqlite3.OperationalError as error:  # a full disk
+                raise LmtoolError(f"the server cannot remember sessions: {error}", "see its disk") from error
 
 
 def _now() -> int:

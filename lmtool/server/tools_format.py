@@ -6,6 +6,7 @@ Which one a model was trained on is read from its chat template. Knows neither r
 from dataclasses import dataclass
 
 from lmtool.server.errors import Refusal
+from lmtool.server.template_options import template_variables
 from lmtool.tokenizer import Tokenizer
 
 
@@ -61,22 +62,14 @@ def knows_tools(tokenizer: Tokenizer) -> bool:
 
     Raises Refusal for a model without a template.
     """
-    from jinja2 import Environment, TemplateError, meta
-
-    source = tokenizer.chat_template
-    if source is None:
+    if tokenizer.chat_template is None:
         raise Refusal(
             400,
             f"{tokenizer.source} has no chat template, so it cannot be told of tools",
             "start the server with --chat-template NAME|FILE",
             param="tools",
         )
-    try:
-        # parsed only, never run; extensions as where it is run
-        parsed = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=True).parse(source)
-    except TemplateError:
-        return False  # rendering says what is wrong with it
-    return "tools" in meta.find_undeclared_variables(parsed)
+    return "tools" in template_variables(tokenizer.chat_template)
 
 
 def format_of(tokenizer: Tokenizer) -> ToolFormat:

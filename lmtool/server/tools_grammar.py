@@ -9,7 +9,9 @@ from lmtool.server.tools_format import ToolFormat
 from lmtool.tokenizer import Tokenizer
 
 Grammar = dict[str, Any]
-_ANY_OBJECT = {"type": "object"}
+_ANY_OBJECT = {"type": "object", "additionalProperties": True}
+_NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
+_MOST_WHITESPACE = 20  # in a row: a model that is not sure would go on with it
 
 
 def tool_grammar(
@@ -17,7 +19,9 @@ def tool_grammar(
 ) -> Grammar | None:
     """Free text until a call begins, or, ``required``, nothing but calls; arguments by their schema.
 
-    ``strict: false`` of a tool lets its arguments be any object. None where free text could not be told from a call
+    ``strict: false`` of a tool lets its arguments be any object; one without parameters takes none.
+
+    None where free text could not be told from a call
     by its first letters (Llama 3's bare objects).
     """
     if form.bare and not required:
@@ -44,9 +48,10 @@ def tool_grammar(
 
 
 def _call(function: Mapping[str, Any], form: ToolFormat) -> Grammar:
-    schema = _ANY_OBJECT if function.get("strict") is False else function.get("parameters") or _ANY_OBJECT
+    schema = _ANY_OBJECT if function.get("strict") is False else function.get("parameters") or _NO_ARGUMENTS
     begin = f'{{"name": {json.dumps(function["name"])}, "{form.arguments}": '
-    return _sequence(_text(begin), {"type": "json_schema", "json_schema": schema}, _text("}"))
+    arguments = {"type": "json_schema", "json_schema": schema, "max_whitespace_cnt": _MOST_WHITESPACE}
+    return _sequence(_text(begin), arguments, _text("}"))
 
 
 def _whole(inner: Grammar) -> Grammar:

@@ -347,7 +347,7 @@ def test_markers_that_are_special_tokens_are_meant_by_their_ids() -> None:
         template=built_in("internlm2"),
     )
     use = prepare([NOW], "auto", None, tokenizer)
-    names = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+    names = [b"\xff" * (i > 255) + tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]  # no text of theirs
     info = xgrammar.TokenizerInfo(names, vocab_type=xgrammar.VocabType.RAW, stop_token_ids=[259])
     matcher = xgrammar.GrammarMatcher(xgrammar.GrammarCompiler(info).compile_structural_tag(dict(use.response_format)))
     call = 'so: <|action_start|><|plugin|>\n{"name": "now", "parameters": {}}\n<|action_end|><|end|>'
@@ -357,7 +357,5 @@ def test_markers_that_are_special_tokens_are_meant_by_their_ids() -> None:
 
 
 def _compiled(form, *, required: bool, parallel: bool):
-    schema = {"type": "object", "properties": {}, "additionalProperties": False}
-    now = {"type": "function", "function": {"name": "now", "parameters": schema}}
-    tag = tool_grammar([ADD, now], form, smollm2_tokenizer(), required=required, parallel=parallel)
+    tag = tool_grammar([ADD, NOW], form, smollm2_tokenizer(), required=required, parallel=parallel)
     return xgrammar.Grammar.from_structural_tag(tag)
