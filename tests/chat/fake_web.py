@@ -4,9 +4,20 @@ import os
 import socket
 import sys
 import threading
+from collections.abc import Iterator, Sequence
 
+from lmtool.chat.backend import Delta, Message
 from lmtool.config import GenerationConfig
 from tests.chat.fake_chat import FakeBackend
+
+
+class TellingBackend(FakeBackend):
+    def stream(self, messages: Sequence[Message], config: GenerationConfig) -> Iterator[Delta]:
+        try:
+            yield from super().stream(messages, config)
+        finally:
+            print(f"the answer to {messages[-1]['content']!r} is over", file=sys.stderr, flush=True)
+
 
 if __name__ == "__main__":
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -15,6 +26,6 @@ if __name__ == "__main__":
     with socket.socket() as trial:
         trial.bind(("127.0.0.1", 0))
         port = trial.getsockname()[1]
-    page = Page(FakeBackend(1000), GenerationConfig(temperature=0.5), users=4)
+    page = Page(TellingBackend(1000), GenerationConfig(temperature=0.5), users=4)
     print(f"the page is at {launch(page, '127.0.0.1', port)}", file=sys.stderr, flush=True)
     threading.Event().wait()

@@ -1,12 +1,14 @@
 """The terminal's other backend: a URL. Real servers (the tiny model's), ill ones, and a real pseudo-terminal."""
 
 import json
+import re
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -262,11 +264,16 @@ def test_a_server_that_is_not_there_is_one_line() -> None:
     )
 
 
-@pytest.fixture
-def terminal(server, tmp_path) -> Iterator[Terminal]:
-    flags = ("--temperature", "0", "--max-new-tokens", "8", "--history-file", str(tmp_path / "history"))
+def talk_to(server: Serving, folder: Path, *more: str) -> Terminal:
+    flags = ("--temperature", "0", "--max-new-tokens", "8", "--history-file", str(folder / "history"), *more)
     terminal = Terminal("-m", "lmtool", "serve", "api_client", server.url, *flags)
     terminal.prompt()
+    return terminal
+
+
+@pytest.fixture
+def terminal(server, tmp_path) -> Iterator[Terminal]:
+    terminal = talk_to(server, tmp_path)
     yield terminal
     terminal.child.close(force=True)
 
@@ -279,6 +286,21 @@ def test_a_chat_on_the_terminal(terminal) -> None:
     terminal.ask("word " * 600, "error: .*refuses this|the context holds 512")
     terminal.send(CTRL_D)
     assert terminal.end() == 0
+
+
+def test_a_session_is_gone_on_with_by_the_next_client(server, tmp_path) -> None:
+    counts = []
+    for words in ("hello", "and now"):
+        terminal = talk_to(server, tmp_path, "--session-id", "99")
+        assert "session 99" in terminal.text
+        terminal.ask(words, "stopped at max_new_tokens")
+        terminal.ask("/stats", r"prompt\s+\d+ tokens, \d+ of them cached")
+        counts.append(tuple(map(int, re.search(r"prompt\s+(\d+) tokens, (\d+) of", terminal.text).groups())))
+        terminal.send(CTRL_D)
+        assert terminal.end() == 0
+    (first, _), (second, cached) = counts
+    assert second > first + 8
+    assert cached == first + 8 - 1  # the last token was only chosen
 
 
 def test_ctrl_c_stops_an_answer_of_a_server(server, terminal) -> None:

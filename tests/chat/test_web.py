@@ -104,7 +104,14 @@ def test_what_cannot_be_is_one_line(words, said) -> None:
 # ------------------------------------------------------------------ the browser
 @contextmanager
 def page_of(*command: str) -> Iterator[Any]:
-    """A browser's page of what this command serves; whatever the page wants from elsewhere fails the test."""
+    """A browser's page of what this command serves."""
+    with page_and_lines_of(*command) as (page, _):
+        yield page
+
+
+@contextmanager
+def page_and_lines_of(*command: str) -> Iterator[tuple[Any, Iterator[str]]]:
+    """And what the command writes. Whatever the page wants from elsewhere fails the test."""
     from playwright.sync_api import sync_playwright
 
     server = subprocess.Popen([sys.executable, *command], cwd=REPO, stderr=subprocess.PIPE, text=True)
@@ -126,7 +133,7 @@ def page_of(*command: str) -> Iterator[Any]:
             )
             page.goto(url)
             page.locator("#question textarea").wait_for()
-            yield page
+            yield page, lines
             browser.close()
             assert elsewhere == []
     finally:
@@ -204,6 +211,22 @@ def test_several_conversations_in_a_browser() -> None:
         page.locator("#delete").click()
         wait_for(page, "#chat", "violets are blue")
         assert page.locator("#conversations label").count() == 1
+
+
+@in_a_browser
+def test_two_people_at_once_and_one_who_leaves() -> None:
+    with page_and_lines_of("-m", "tests.chat.fake_web") as (page, lines):
+        ask(page, "endless")
+        wait_for(page, "#chat", "word9 ")
+        other = page.context.browser.new_page()
+        other.set_default_timeout(TIMEOUT_MS)
+        other.goto(page.url)
+        ask(other, "poem")
+        wait_for(other, "#chat", "violets are blue")
+        assert "the answer to 'poem' is over" in next(lines)
+        assert page.locator("#chat").filter(has_text="violets").count() == 0
+        page.goto("about:blank")
+        assert "the answer to 'endless' is over" in next(lines)
 
 
 @in_a_browser
