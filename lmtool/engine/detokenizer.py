@@ -64,6 +64,8 @@ class Detokenizer:
         return text + rest
 
     def _release(self, new: str) -> str:
+        if not self._stops:  # nearly always, and asked for each token
+            return new
         if self.stopped:
             return ""
         text = self._held + new
