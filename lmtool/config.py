@@ -41,6 +41,7 @@ _IN_WORDS: dict[Any, str] = {
     tuple[str, ...]: "a list of texts",
     tuple[int, ...]: "a list of whole numbers",
     Mapping[int, float]: "a mapping of token ids to numbers",
+    Mapping[str, Any]: "a mapping with a type",
 }
 
 
@@ -60,6 +61,8 @@ def _check_types(config: Any, error: type[ConfigError] | type[RequestError]) -> 
 
 
 def _is_a(value: object, hint: Any) -> bool:
+    if hint is Any:
+        return True
     origin, parts = get_origin(hint), get_args(hint)
     if origin is tuple:
         return isinstance(value, tuple) and all(_is_a(item, parts[0]) for item in value)
@@ -180,6 +183,7 @@ class GenerationConfig:
     stop_token_ids       ids that end the answer, besides the model's own
     logprobs             how many alternatives to report for each token; None: none, 0: the chosen token only
     prompt_logprobs      the same for each token of the prompt after its first
+    response_format      what the answer must be: {"type": "json_schema", …} and others (`engine/grammar_source.py`)
     """
 
     max_new_tokens: int | None = None
@@ -199,6 +203,7 @@ class GenerationConfig:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    response_format: Mapping[str, Any] | None = None
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:

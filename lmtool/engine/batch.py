@@ -29,6 +29,15 @@ class Chunk:
 
 
 @dataclass(slots=True)
+class Mask:
+    """Which ids may come out of this step for a slot: a bit for each, in 32-bit words. only_ends: none but its ends."""
+
+    slot: int
+    words: bytes
+    only_ends: bool = False
+
+
+@dataclass(slots=True)
 class Load:
     """Blocks that come back from the host, [(host block, block)]. ``number``: by which its end is reported."""
 
@@ -54,6 +63,7 @@ class Batch:
     decodes      slots whose last token (which the runner holds) is computed; position is num_tokens - 1
     positions    the position of each decode's token
     bans         (slot, token id) that must not come out of this step
+    masks        of the slots whose answers follow a grammar
     """
 
     saves: list[tuple[int, int]] = field(default_factory=list)
@@ -65,6 +75,7 @@ class Batch:
     positions: list[int] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     bans: list[tuple[int, int]] = field(default_factory=list)
+    masks: list[Mask] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:

@@ -3,16 +3,24 @@
 import logging
 import time
 from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lmtool.engine.batch import Batch
+from lmtool.engine.constraint import Constraint
 from lmtool.engine.executor import Executor, Pending
+from lmtool.engine.grammar_frames import GrammarVocabulary
+from lmtool.engine.grammar_process import GrammarLimits
+from lmtool.engine.grammar_source import grammar_source
+from lmtool.engine.grammars import Grammars
 from lmtool.engine.held import Held
 from lmtool.engine.scheduler import Scheduler
 from lmtool.engine.sequence import Request, Sequence, TokenLogprob
 from lmtool.errors import EngineError, LmtoolError
 
 _log = logging.getLogger(__name__)
+_IDLE_S = 0.02  # how long a new request may wait where all others wait for their grammars
 
 
 @dataclass(slots=True)
@@ -45,34 +53,61 @@ class EngineCore:
         self._executor = executor
         self._sequences: dict[int, Sequence] = {}
         self._held = Held()
+        self._grammars: Grammars | None = None
+        self._constrained: dict[Constraint, Sequence] = {}
         self._launched: deque[_Launched] = deque()  # and not read yet, oldest first
         self._last_read = 0.0
 
     @property
     def has_work(self) -> bool:
         """A launched step that nobody waits for is no work."""
-        return self.scheduler.has_work
+        return self.scheduler.has_work or bool(self._held)
+
+    def give_vocabulary(self, vocabulary: Callable[[], GrammarVocabulary], limits: GrammarLimits | None = None) -> None:
+        """What `response_format` needs: called on a thread of its own when a request first has one."""
+        self._grammars = Grammars(vocabulary, limits)
 
     def add(self, request: Request) -> None:
         leader = self._sequences.get(request.after) if request.after is not None else None
         sequence = Sequence(request, max_tokens=self.session_len)
         self._sequences[request.request_id] = sequence
+        if request.params.response_format is not None:
+            self._constrain(sequence, request.params.response_format)
         if leader is not None and not leader.num_generated_tokens:
             self._held.add(sequence, leader.request.request_id)
+        elif sequence.waits_for_its_grammar:
+            self._held.add(sequence, None)
         else:
             self.scheduler.add(sequence)
 
+    def _constrain(self, sequence: Sequence, response_format: Mapping[str, Any]) -> None:
+        try:
+            source = grammar_source(response_format)
+            if source is None:
+                return
+            if self._grammars is None:
+                raise EngineError("response_format: this engine knows no vocabulary", "call its give_vocabulary")
+            sequence.constraint = self._grammars.follow(source)
+        except LmtoolError as error:  # the next step tells
+            sequence.constraint = Constraint(error=error)
+        sequence.needs_known_tokens = True
+        self._constrained[sequence.constraint] = sequence
+
     def abort(self, request_id: int) -> TokenOutput | None:
         """End a request at once; None where it is unknown or already over."""
-        sequence = self._sequences.pop(request_id, None)
+        sequence = self._sequences.get(request_id)
         if sequence is None:
             return None
+        self._take_out(sequence)
+        self._forget(sequence)
+        self._release(request_id)
+        return TokenOutput(request_id, None, "abort", num_cached_tokens=sequence.num_cached_tokens)
+
+    def _take_out(self, sequence: Sequence) -> None:
         if sequence in self._held:
             self._held.remove(sequence)
         else:
             self.scheduler.abort(sequence)
-        self._release(request_id)
-        return TokenOutput(request_id, None, "abort", num_cached_tokens=sequence.num_cached_tokens)
 
     def _release(self, request_id: int) -> None:
         """Its first token is there, or it has ended: whoever comes after it may start."""
@@ -86,6 +121,7 @@ class EngineCore:
         outputs: list[TokenOutput] = []
         if self.scheduler.blocks.host.num_blocks:
             self.scheduler.landed(self._executor.copied(wait=False))
+        outputs += self._hear_grammars()
         batch = self.scheduler.schedule()
         if batch.saves or batch.loads:
             self._copy(batch)
@@ -99,7 +135,21 @@ class EngineCore:
             outputs += self._read(self._launched.popleft())
         elif self.scheduler.loads and not batch.num_tokens:  # there is nothing else to do
             self.scheduler.landed(self._executor.copied(wait=True))
+        elif self._constrained and not batch.num_tokens:
+            outputs += self._hear_grammars(_IDLE_S)
         return outputs
+
+    def _hear_grammars(self, wait_s: float = 0.0) -> list[TokenOutput]:
+        """Who may start or go on now, and whose grammar came to nothing."""
+        if not self._constrained:
+            return []
+        if self._grammars is not None:
+            heard = [self._constrained[one] for one in self._grammars.poll(wait_s) if one in self._constrained]
+            self.scheduler.add_first(self._held.let_go(heard))
+        failed = [(one.error, sequence) for one, sequence in self._constrained.items() if one.error is not None]
+        for _, sequence in failed:
+            self._take_out(sequence)
+        return [self._end(sequence, error) for error, sequence in failed]
 
     def _copy(self, batch: Batch) -> None:
         try:
@@ -133,12 +183,11 @@ class EngineCore:
         return [self._end(sequence, reported) for sequence in self.scheduler.fail(batch)]
 
     def _report(self, sequence: Sequence, logprob: TokenLogprob | None) -> TokenOutput:
-        if sequence.finish_reason == "error":
-            fix = "its weights are damaged, or try --dtype bfloat16 or float32"
-            return self._end(sequence, EngineError("the model's logits are not numbers", fix))
-        request_id = sequence.request.request_id
+        if sequence.error is not None:
+            return self._end(sequence, sequence.error)
         if sequence.finish_reason is not None:
-            del self._sequences[request_id]
+            self._forget(sequence)
+        request_id = sequence.request.request_id
         self._release(request_id)
         output = TokenOutput(
             request_id,
@@ -152,13 +201,21 @@ class EngineCore:
         return output
 
     def _end(self, sequence: Sequence, error: LmtoolError) -> TokenOutput:
-        request_id = sequence.request.request_id
-        del self._sequences[request_id]
-        self._release(request_id)
-        return TokenOutput(request_id, None, "error", error=error)
+        self._forget(sequence)
+        self._release(sequence.request.request_id)
+        return TokenOutput(sequence.request.request_id, None, "error", error=error)
+
+    def _forget(self, sequence: Sequence) -> None:
+        del self._sequences[sequence.request.request_id]
+        if sequence.constraint is not None:
+            del self._constrained[sequence.constraint]
+            if self._grammars is not None:
+                self._grammars.leave(sequence.constraint)
 
     def close(self) -> None:
         self._launched.clear()
+        if self._grammars is not None:
+            self._grammars.close()
         self._executor.close()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lmtool import kernels
 from lmtool.config import GenerationConfig
-from lmtool.engine.batch import Batch, Chunk, Done, Join, StepOutput
+from lmtool.engine.batch import Batch, Chunk, Done, Join, Mask, StepOutput
 from lmtool.engine.block_copies import HostCopies
 from lmtool.engine.device_state import DeviceState
 from lmtool.engine.executor import Pending
@@ -90,7 +90,7 @@ class DeviceRunner(HostCopies):
         changes = self._state.changes()
         if changes:
             self._state.write(*upload(changes, self.device))
-        if self._extras.concerns(slots, batch.bans):
+        if self._extras.concerns(batch):
             return self._decode_with_extras(batch)
         return Launched.on_its_way(self._graphs.run(len(slots))[: len(slots)], slots)
 
@@ -127,7 +127,7 @@ class DeviceRunner(HostCopies):
 
     # ------------------------------------------------------------------ a few short prompts
     def _has_graph(self, batch: Batch) -> bool:
-        special = self._extras.concerns(batch.sampled_slots, batch.bans) or any(c.scored for c in batch.chunks)
+        special = self._extras.concerns(batch) or any(c.scored for c in batch.chunks)
         return self._prompt_graphs.captured and self._prompts.fits(batch) and not special
 
     def _few_prompts(self, batch: Batch) -> Pending:
@@ -213,13 +213,13 @@ class DeviceRunner(HostCopies):
         batch: Batch,
         prompt_scores: Scores | None = None,
     ) -> Pending:
-        slots, bans = batch.sampled_slots, batch.bans
+        slots = batch.sampled_slots
         scores = self.decoder.scores(hidden)
-        special = self._extras.concerns(slots, bans)
+        special = self._extras.concerns(batch)
         logits = scores
         if special:
             logits = scores.to(torch.float32, copy=True)
-            self._extras.adjust_(logits, slots, bans)
+            self._extras.adjust_(logits, batch)
         ids = kernels.sample(logits, *sampling)
         kernels.advance_(rows, ids, scores, self._state.longs)
         logprobs = self._extras.sampled(logits, ids, slots) if special else None
@@ -248,7 +248,9 @@ class DeviceRunner(HostCopies):
         On tensors of the meta device it tells `precompile` what these variants are.
         """
         longest = self._longest_chunk(max_batched_tokens)
-        self.launch(_prompt_of(1, repetition_penalty=2.0))  # what is asked of few has kernels of its own
+        few = _prompt_of(1, repetition_penalty=2.0)  # what is asked of few has kernels of its own
+        few.masks.append(Mask(0, b"\xff" * (4 * -(-self.decoder.config.vocab_size // 32))))
+        self.launch(few)
         for length in (longest, *(length for length in _WARM_UP_LENGTHS if length < longest)):
             self.launch(_prompt_of(length))
         with torch.inference_mode(), torch.cuda.device(self._index):

@@ -1,5 +1,5 @@
-"""What few requests ask of their logits: penalties, biases, bans, stops held back, logprobs. By slot; costs the others
-nothing.
+"""What few requests ask of their logits: penalties, biases, bans, masks, stops held back, logprobs. By slot; costs
+the others nothing.
 
 Nothing here waits for the device. Knows no sequence's text and no scheduling.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lmtool import kernels
-from lmtool.engine.batch import Join
+from lmtool.engine.batch import Batch, Join, Mask
 from lmtool.engine.sequence import TokenLogprob
 from lmtool.engine.transfer import download, upload
 
@@ -41,8 +41,10 @@ class RowLogprob:
     top: Tensor
 
     def report(self, token_id: int) -> TokenLogprob:
-        """The copies have arrived."""
-        top = tuple(zip(self.top_ids.tolist(), self.top.tolist(), strict=True))
+        """The copies have arrived. What cannot come at all is not among the likely ones."""
+        top = tuple(
+            (i, value) for i, value in zip(self.top_ids.tolist(), self.top.tolist(), strict=True) if value > -torch.inf
+        )
         return TokenLogprob(token_id, float(self.chosen), top)
 
 
@@ -52,8 +54,9 @@ class LogitExtras:
         self._device = device
         self._of_slot: dict[int, _Extras] = {}
 
-    def concerns(self, slots: Sequence[int], bans: Sequence[tuple[int, int]]) -> bool:
-        return bool(bans) or (bool(self._of_slot) and any(slot in self._of_slot for slot in slots))
+    def concerns(self, batch: Batch) -> bool:
+        slots = batch.sampled_slots if self._of_slot else ()
+        return bool(batch.bans or batch.masks) or any(slot in self._of_slot for slot in slots)
 
     def join(self, join: Join) -> None:
         params = join.request.params
@@ -89,12 +92,21 @@ class LogitExtras:
         return upload([np.asarray(values, dtype=np.float32)], self._device)[0]
 
     # ------------------------------------------------------------------ around sampling
-    def adjust_(self, logits: Tensor, slots: Sequence[int], bans: Sequence[tuple[int, int]]) -> None:
-        """logits [n, V] float32, one row for each of ``slots``, in place; bans: (slot, token id) that may not come."""
+    def adjust_(self, logits: Tensor, batch: Batch) -> None:
+        """logits [n, V] float32, one row for each of the batch's sampled slots, in place."""
+        slots = batch.sampled_slots
+        must_end = {mask.slot for mask in batch.masks if mask.only_ends}  # held back or not: the grammar wins
         for row, extra in self._rows(slots):
-            _adjust_(logits[row], extra)
-        for slot, token_id in bans:
+            _adjust_(logits[row], extra, may_end=slots[row] in must_end)
+        for slot, token_id in batch.bans:
             logits[slots.index(slot), token_id].fill_(-torch.inf)
+        if batch.masks:
+            self._mask_(logits, slots, batch.masks)
+
+    def _mask_(self, logits: Tensor, slots: Sequence[int], masks: Sequence[Mask]) -> None:
+        rows = np.asarray([slots.index(mask.slot) for mask in masks], dtype=np.int32)
+        words = np.frombuffer(b"".join(mask.words for mask in masks), dtype=np.int32).reshape(len(masks), -1)
+        kernels.mask_(logits, *upload([rows, words], self._device))
 
     def sampled(self, logits: Tensor, ids: Tensor, slots: Sequence[int]) -> dict[int, RowLogprob]:
         """Count the tokens ids [n] that came out; logprobs for the slots that asked."""
@@ -116,14 +128,14 @@ class LogitExtras:
         return [(row, self._of_slot[slot]) for row, slot in enumerate(slots) if slot in self._of_slot]
 
 
-def _adjust_(row: Tensor, extra: _Extras) -> None:
+def _adjust_(row: Tensor, extra: _Extras, *, may_end: bool) -> None:
     if extra.penalties is not None:
         assert extra.prompt_mask is not None
         assert extra.output_counts is not None
         kernels.penalize_(row[None], extra.prompt_mask[None], extra.output_counts[None], *extra.penalties)
     if extra.bias is not None and extra.bias_ids is not None:
         row.index_add_(0, extra.bias_ids, extra.bias)
-    if extra.held_back is not None and extra.num_answer_tokens < extra.min_new_tokens:
+    if extra.held_back is not None and extra.num_answer_tokens < extra.min_new_tokens and not may_end:
         row.index_fill_(0, extra.held_back, -torch.inf)
 
 

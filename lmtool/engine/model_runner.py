@@ -54,7 +54,7 @@ class ModelRunner(HostCopies):
         logits = self.decoder.logits(hidden)
         if bool(logits.isnan().any()):
             raise EngineError("the model's logits are not numbers", "its weights are damaged, or try --dtype float32")
-        output = self._sampler.sample(logits, slots, batch.bans)
+        output = self._sampler.sample(logits, batch)
         self._tables.last_tokens[slots] = output.token_ids
         return output
 

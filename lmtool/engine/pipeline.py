@@ -7,6 +7,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, overload
@@ -16,6 +17,7 @@ from lmtool.checkpoint.hub import resolve_model
 from lmtool.config import EngineConfig, GenerationConfig
 from lmtool.engine.async_engine import AsyncEngine
 from lmtool.engine.counters import Counters
+from lmtool.engine.grammar_frames import GrammarVocabulary
 from lmtool.engine.graphs import StartProgress
 from lmtool.engine.requests import RequestMaker, default_generation
 from lmtool.engine.response import Answers, Response
@@ -43,6 +45,7 @@ class Pipeline:
         self.name = name
         self.tokenizer = tokenizer
         self.loaded = loaded
+        loaded.core.give_vocabulary(partial(GrammarVocabulary.of, tokenizer, loaded.model.vocab_size))
         self._engine = AsyncEngine(loaded.core)
         self._maker = RequestMaker(tokenizer, session_len=loaded.plan.session_len, vocab_size=loaded.model.vocab_size)
 

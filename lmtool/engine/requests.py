@@ -10,6 +10,7 @@ from typing import Any
 
 from lmtool.config import GenerationConfig
 from lmtool.engine.detokenizer import Detokenizer
+from lmtool.engine.grammar_source import grammar_source
 from lmtool.engine.sequence import Request
 from lmtool.errors import RequestError
 from lmtool.tokenizer import Tokenizer
@@ -55,6 +56,8 @@ class RequestMaker:
             outside = [i for i in ids if not 0 <= i < self.vocab_size]
             if outside:
                 raise RequestError(f"{what}: token id {outside[0]} is outside the vocabulary of {self.vocab_size}")
+        if config.response_format is not None:
+            grammar_source(config.response_format)  # what is wrong with its form is said now
         stop_ids = frozenset(config.stop_token_ids) | (frozenset() if config.ignore_eos else self.tokenizer.eos_ids)
         return Request(
             request_id=next(self._ids),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lmtool import kernels
-from lmtool.engine.batch import Join, StepOutput
+from lmtool.engine.batch import Batch, Join, StepOutput
 from lmtool.engine.extras import LogitExtras
 
 
@@ -37,11 +37,12 @@ class Sampler:
     def leave(self, slot: int) -> None:
         self._extras.leave(slot)
 
-    def sample(self, logits: Tensor, slots: list[int], bans: list[tuple[int, int]]) -> StepOutput:
-        """logits [n, V] float32, one row for each of ``slots``; they are changed in place."""
-        special = self._extras.concerns(slots, bans)
+    def sample(self, logits: Tensor, batch: Batch) -> StepOutput:
+        """logits [n, V] float32, one row for each of the batch's sampled slots; they are changed in place."""
+        slots = batch.sampled_slots
+        special = self._extras.concerns(batch)
         if special:
-            self._extras.adjust_(logits, slots, bans)
+            self._extras.adjust_(logits, batch)
         ids = self._choose(logits, np.asarray(slots))
         token_ids: list[int] = ids.tolist()
         self._steps[slots] += 1

@@ -14,7 +14,7 @@ A sequence whose beginning is on the host (`host_tier`) leaves the queue until i
 from collections import deque
 from collections.abc import Iterable
 
-from lmtool.engine.batch import Batch, Chunk, CopiesDone, Join, StepOutput
+from lmtool.engine.batch import Batch, Chunk, CopiesDone, Join, Mask, StepOutput
 from lmtool.engine.block_manager import BlockManager
 from lmtool.engine.counters import Counters
 from lmtool.engine.flight import Flight, Part
@@ -94,15 +94,19 @@ class Scheduler:
 
     @staticmethod
     def _must_wait(sequence: Sequence) -> bool:
-        """For a step to be read: its last token is on the way, or what may come next depends on one that is."""
+        """For a step to be read: its last token is on the way, or what may come next depends on one that is. Or for
+        its grammar, which is told a token only when it was read."""
         in_flight = sequence.num_inflight_tokens
-        return in_flight > 0 and (
-            len(sequence.token_ids) + in_flight >= sequence.most_tokens or sequence.needs_known_tokens
+        return sequence.waits_for_its_grammar or (
+            in_flight > 0
+            and (len(sequence.token_ids) + in_flight >= sequence.most_tokens or sequence.needs_known_tokens)
         )
 
     def _may_join(self, batch: Batch) -> bool:
         num_slots = len(self._free_slots) - self.loads.num_sequences  # those that wait for a load get theirs first
-        if not self.waiting or num_slots <= 0 or self.waiting[0].num_inflight_tokens:
+        if not self.waiting or num_slots <= 0:
+            return False
+        if self.waiting[0].num_inflight_tokens or self.waiting[0].waits_for_its_grammar:  # it was preempted just now
             return False
         enough = min(self._join_group, len(self.waiting), len(self.running) + 1)
         return bool(batch.joins) or num_slots >= enough
@@ -177,6 +181,9 @@ class Scheduler:
         batch = flight.batch
         if samples and sequence.request.bad_ids:
             batch.bans.extend((sequence.slot, token_id) for token_id in sequence.banned_next())
+        constraint = sequence.constraint
+        if samples and constraint is not None and constraint.allowed is not None:
+            batch.masks.append(Mask(sequence.slot, constraint.allowed, constraint.only_ends))
         if samples and count == 1 and start >= sequence.num_prompt_tokens and not joined:
             batch.decodes.append(sequence.slot)
             batch.positions.append(start)
@@ -237,7 +244,8 @@ class Scheduler:
             touched.append(None if over else sequence)
             if over:
                 continue
-            if token_id < 0 or not (sequence.num_generated_tokens or sequence.has_sound_scores):
+            sequence.error = sequence.refuse(token_id)
+            if sequence.error is not None:
                 sequence.finish_reason = "error"
                 self._leave(sequence, keep=False)
             else:

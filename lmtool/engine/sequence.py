@@ -6,6 +6,8 @@ from array import array
 from dataclasses import dataclass, field
 
 from lmtool.config import GenerationConfig
+from lmtool.engine.constraint import Constraint
+from lmtool.errors import EngineError, LmtoolError, RequestError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +56,8 @@ class Sequence:
     num_inflight_tokens    sampled by steps that were launched and not yet read; they follow ``token_ids``
     num_computed_tokens    have K and V in ``block_table``'s blocks once every launched step has run
     num_finished_tokens    have it now: the steps that computed them were read
+    error                  why it ended, where that is known and ``finish_reason`` is 'error'
+    constraint             the grammar that its answer follows
     prompt_logprobs        of the prompt's second token and those after it, as far as they were read; None: not asked
     """
 
@@ -72,6 +76,8 @@ class Sequence:
     block_hashes: list[bytes] = field(default_factory=list)
     slot: int = -1
     finish_reason: str | None = None
+    error: LmtoolError | None = None
+    constraint: Constraint | None = None
     num_preemptions: int = 0
 
     def __post_init__(self) -> None:
@@ -84,6 +90,11 @@ class Sequence:
         self.prompt_logprobs = None if self.request.params.prompt_logprobs is None else []
         # a ban that depends on the token before it can be worked out only when that token is known
         self.needs_known_tokens = any(len(bad) > 1 for bad in self.request.bad_ids)
+
+    @property
+    def waits_for_its_grammar(self) -> bool:
+        """What its next token may be is not known yet."""
+        return self.constraint is not None and self.constraint.allowed is None
 
     @property
     def num_tokens(self) -> int:
@@ -133,12 +144,26 @@ class Sequence:
             if len(bad) == 1 or tuple(answer[len(answer) - len(bad) + 1 :]) == bad[:-1]
         ]
 
+    def refuse(self, token_id: int) -> LmtoolError | None:
+        """Why this, which a step gave, is no token of the answer."""
+        if self.constraint is not None and not self.constraint.allows(token_id):
+            fix = "leave out one of them (or the model's logits are not numbers)"
+            return RequestError("response_format: --bad-words leave no token that it allows", fix)
+        if token_id < 0 or not (self.num_generated_tokens or self.has_sound_scores):
+            fix = "its weights are damaged, or try --dtype bfloat16 or float32"
+            return EngineError("the model's logits are not numbers", fix)
+        return None
+
     def append(self, token_id: int) -> None:
         """Take the next token; sets ``finish_reason`` when it is the last one."""
         self.token_ids.append(token_id)
         num_tokens = len(self.token_ids)
-        if token_id in self.request.stop_ids and self.num_generated_tokens > self.request.params.min_new_tokens:
+        if self.constraint is not None and token_id in self.constraint.stop_ids:
+            self.finish_reason = "stop"  # the grammar lets it end here, or must: whatever else was asked
+        elif token_id in self.request.stop_ids and self.num_generated_tokens > self.request.params.min_new_tokens:
             self.finish_reason = "stop"
         elif num_tokens >= self.most_tokens:
             full = num_tokens - self.num_prompt_tokens == self.request.params.max_new_tokens
             self.finish_reason = "length" if full else "context"
+        elif self.constraint is not None:
+            self.constraint.advance(token_id)

@@ -46,6 +46,7 @@ __all__ = [
     "kv_copy",
     "kv_store",
     "linear",
+    "mask_",
     "norm_linear",
     "norm_linear_silu",
     "norm_w4_linear",
@@ -276,6 +277,15 @@ def penalize_(
     """
     impl = implementation("sampling", logits.device, logits.dtype)
     return impl.penalize_(logits, prompt_mask, output_counts, repetition, presence, frequency)
+
+
+def mask_(logits: Tensor, rows: Tensor, words: Tensor) -> Tensor:
+    """What is not allowed becomes -inf, in place. logits [B, V] float32, contiguous; rows [n] int32, each once.
+
+    words [n, ceil(V / 32)] int32: bit i % 32 of word i // 32 says whether the row may give token i; all beyond V is
+    ignored. Raises KernelError on a GPU for other logits.
+    """
+    return implementation("sampling", logits.device, logits.dtype).mask_(logits, rows, words)
 
 
 def sample(

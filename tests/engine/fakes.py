@@ -14,7 +14,10 @@ from collections.abc import Callable, Sequence
 from zlib import crc32
 
 from lmtool.engine.batch import Batch, Chunk, CopiesDone, Load, StepOutput
+from lmtool.engine.constraint import Constraint
+from lmtool.engine.grammar_source import GrammarSource
 from lmtool.engine.sequence import TokenLogprob
+from lmtool.errors import RequestError
 
 VOCAB = 50
 
@@ -35,6 +38,45 @@ def expected_scores(prompt_ids: Sequence[int]) -> tuple[TokenLogprob, ...]:
     return tuple(
         TokenLogprob(token_id, float(next_token(prompt_ids[:i]))) for i, token_id in enumerate(prompt_ids) if i
     )
+
+
+class LateGrammars:
+    """Every grammar allows everything, and says so when ``ready`` does; those of `broken` texts come to nothing."""
+
+    def __init__(self, ready: Callable[[], bool]) -> None:
+        self.ready = ready
+        self.pending: list[Constraint] = []
+        self.told: dict[Constraint, list[int]] = {}
+        self.left: list[Constraint] = []
+
+    def follow(self, source: GrammarSource) -> Constraint:
+        constraint = Constraint(source, follower=self)
+        self.told[constraint] = []
+        self.pending.append(constraint)
+        return constraint
+
+    def step(self, constraint: Constraint, token_id: int) -> None:
+        assert constraint not in self.pending, "two tokens at once"
+        self.told[constraint].append(token_id)
+        self.pending.append(constraint)
+
+    def leave(self, constraint: Constraint) -> None:
+        self.left.append(constraint)
+        self.pending = [one for one in self.pending if one is not constraint]
+
+    def poll(self, wait_s: float = 0.0) -> list[Constraint]:
+        news = [one for one in self.pending if wait_s or self.ready()]
+        for constraint in news:
+            self.pending.remove(constraint)
+            assert constraint.source is not None
+            if constraint.source.text == "broken" and len(self.told[constraint]) == 2:
+                constraint.error = RequestError("it is broken")
+            else:
+                constraint.allowed = b"\xff" * 8
+        return news
+
+    def close(self) -> None:
+        pass
 
 
 class LateStep:
@@ -88,6 +130,7 @@ class MemoryExecutor:
         self.memory: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks)]
         self.tables: dict[int, dict[int, int]] = {}
         self.last: dict[int, int] = {}
+        self.constrained: set[int] = set()
         self.batches: list[Batch] = []
         self.fail_next = False
 
@@ -120,9 +163,12 @@ class MemoryExecutor:
     def run(self, batch: Batch) -> StepOutput:
         for slot in batch.leaves:
             self.tables.pop(slot, None)
+            self.constrained.discard(slot)
         for join in batch.joins:
             assert join.slot not in self.tables, "the slot is taken"
             self.tables[join.slot] = {}
+            if join.request.params.response_format is not None:
+                self.constrained.add(join.slot)
             if join.answer_ids:
                 self.last[join.slot] = join.answer_ids[-1]
         for slot, index, block in batch.new_blocks:
@@ -143,6 +189,7 @@ class MemoryExecutor:
                 out.append(token)
             if chunk.scored is not None:
                 scores[chunk.slot] = self._score(chunk)
+        assert {mask.slot for mask in batch.masks} == self.constrained & set(batch.sampled_slots)
         for slot, token in zip(batch.sampled_slots, out, strict=True):
             self.last[slot] = token
         return StepOutput(out, prompt_logprobs=scores)

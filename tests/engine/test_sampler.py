@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lmtool import kernels
-from lmtool.engine.batch import Join
+from lmtool.engine.batch import Batch, Join, Mask
 from lmtool.engine.sampler import Sampler
 from tests.support import request
 
@@ -85,10 +85,17 @@ def test_the_same_seed_and_step_give_the_same_token_and_others_do_not() -> None:
     assert len({token(seed << 32, 0) for seed in range(200)}) > 150  # the upper half of a seed counts
 
 
-def sampled(logits: torch.Tensor, steps: int = 1, bans: list[tuple[int, int]] | None = None, **settings: object):  # noqa: ANN201
+def sampled(
+    logits: torch.Tensor,
+    steps: int = 1,
+    bans: list[tuple[int, int]] | None = None,
+    masks: list[Mask] | None = None,
+    **settings: object,
+):  # noqa: ANN201
     sampler = Sampler(4, VOCAB, torch.device("cpu"))
     sampler.join(Join(2, request(0, [1, 2, 2, 3], **settings)))
-    return [sampler.sample(logits.clone()[None], [2], bans or []) for _ in range(steps)]
+    batch = Batch(decodes=[2], bans=bans or [], masks=masks or [])
+    return [sampler.sample(logits.clone()[None], batch) for _ in range(steps)]
 
 
 def test_penalties() -> None:
@@ -123,3 +130,29 @@ def test_logprobs_are_log_softmax() -> None:
     assert [i for i, _ in chosen.top] == ids.tolist()
     assert [v for _, v in chosen.top] == pytest.approx(values.tolist(), abs=1e-5)
     assert sampled(logits)[0].logprobs == {}
+
+
+def mask(*ids: int, only_ends: bool = False) -> Mask:
+    bits = np.zeros(64, dtype=np.uint8)
+    bits[list(ids)] = 1
+    return Mask(2, np.packbits(bits, bitorder="little").tobytes(), only_ends)
+
+
+def test_a_mask_leaves_what_it_allows_whatever_else_is_asked() -> None:
+    logits = torch.zeros(VOCAB)
+    logits[4], logits[6], logits[7] = 3.0, 2.0, 1.0
+    assert sampled(logits, masks=[mask(6, 7, 63)])[0].token_ids == [6]
+    assert sampled(logits, masks=[mask(6, 7)], bans=[(2, 6)])[0].token_ids == [7]
+    assert sampled(logits, masks=[mask(6, 7)], logit_bias={4: 100.0, 7: 5.0})[0].token_ids == [7]
+    drawn = {sampled(logits, masks=[mask(6, 7)], temperature=50.0, seed=seed)[0].token_ids[0] for seed in range(40)}
+    assert drawn == {6, 7}
+    scored = sampled(logits, masks=[mask(6, 7)], logprobs=5)[0].logprobs[2]
+    assert [i for i, _ in scored.top] == [6, 7]
+    assert sum(math.exp(value) for _, value in scored.top) == pytest.approx(1.0)
+
+
+def test_a_grammar_that_must_end_ends_though_stops_are_held_back() -> None:
+    logits = torch.zeros(VOCAB)
+    held = {"stop_token_ids": (4,), "min_new_tokens": 9}
+    assert sampled(logits, masks=[mask(4, 6)], **held)[0].token_ids == [6]
+    assert sampled(logits, masks=[mask(4, only_ends=True)], **held)[0].token_ids == [4]

@@ -13,7 +13,7 @@ from lmtool.engine.host_tier import HostTier
 from lmtool.engine.scheduler import Scheduler
 from lmtool.engine.swap_cost import SwapCost
 from lmtool.errors import EngineError
-from tests.engine.fakes import MemoryExecutor, expected_answer, expected_scores
+from tests.engine.fakes import LateGrammars, MemoryExecutor, expected_answer, expected_scores
 from tests.support import collect, request, run_all
 
 BLOCK_SIZE = 4
@@ -84,6 +84,7 @@ def expected_until_stop(prompt: list[int], count: int, stop_ids: list[int]) -> l
     load_bytes_per_s=st.sampled_from([0.0, float("inf")]),
     leaders=leaders,
     scored=st.sets(st.integers(0, 11)),
+    grammars=st.dictionaries(st.integers(0, 11), st.sampled_from(["whole", "whole", "broken"])),
     broken_steps=st.just(set()) | st.sets(st.integers(0, 14), max_size=3),
 )
 @settings(max_examples=300, deadline=None)
@@ -104,11 +105,12 @@ def test_every_answer_is_what_it_would_be_alone(
     load_bytes_per_s: float,
     leaders: list[int | None],
     scored: set[int],
+    grammars: dict[int, str],
     broken_steps: set[int],
 ) -> None:
     """Random arrivals, aborts, stops, budgets and caches too small for all, steps launched before others are read,
-    steps that break, requests that come after others, blocks that leave for the host and come back late or not at all:
-    nothing mixes, nothing leaks, nobody is forgotten."""
+    steps that break, requests that come after others, grammars that are late or come to nothing, blocks that leave for
+    the host and come back late or not at all: nothing mixes, nothing leaks, nobody is forgotten."""
     random = Random(landing[0])
     core = make_core(
         num_blocks,
@@ -121,6 +123,8 @@ def test_every_answer_is_what_it_would_be_alone(
         lands=lambda: random.random() < landing[1],
         load_bytes_per_s=load_bytes_per_s,
     )
+    late_grammars = LateGrammars(lambda: random.random() < 0.4)
+    core._grammars = late_grammars  # type: ignore[assignment]
     answers: dict[int, list[int]] = {i: [] for i in range(len(jobs))}
     cut = set()  # by an abort or a step that broke
     begun: list[int] = []  # who had a token or an end, in that order
@@ -133,6 +137,8 @@ def test_every_answer_is_what_it_would_be_alone(
             bad_ids = ((7, 8),) if i in banned else ()
             after = leaders[i] if i < len(leaders) else None
             settings = {"max_new_tokens": jobs[i][1], "stop_token_ids": stop_ids, "bad_ids": bad_ids, "after": after}
+            if i in grammars:
+                settings["response_format"] = {"type": "grammar", "grammar": grammars[i]}
             core.add(request(i, jobs[i][0], prompt_logprobs=0 if i in scored else None, **settings))
             del late[i]
             if after is not None and after != i and after < len(jobs) and after not in late and after not in begun:
@@ -159,7 +165,12 @@ def test_every_answer_is_what_it_would_be_alone(
         assert answers[i] == (expected[: len(answers[i])] if i in cut else expected)
         if answers[i]:
             assert scores[i] == (expected_scores(prompt) if i in scored else None)
+        if grammars.get(i) == "broken" and i not in cut:
+            assert len(expected) <= 2
     assert set(begun) == set(range(len(jobs)))
+    told = late_grammars.told
+    assert sorted(map(id, late_grammars.left)) == sorted(map(id, told))
+    assert not core._constrained
     assert all(begun.index(leader) < begun.index(i) or i in cut for i, leader in held.items())
     blocks = core.scheduler.blocks
     assert blocks.num_free == num_blocks - 1

@@ -211,6 +211,7 @@ def launch_rest(dtype: torch.dtype) -> None:
     sampling.sample(logits, numbers, narrow, numbers, numbers, wide, wide)
     seen, counts = meta(4, 128256, dtype=torch.bool), meta(4, 128256, dtype=torch.int32)
     sampling.penalize_(logits, seen, counts, numbers, numbers, numbers)
+    sampling.mask_(logits, narrow, meta(4, 4008, dtype=torch.int32))
 
 
 def launch_each_once() -> None:

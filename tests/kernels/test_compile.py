@@ -10,6 +10,7 @@ KERNELS = {
     "_expand_kernel",
     "_gather_kernel",
     "_narrow_kernel",
+    "_mask_kernel",
     "_penalize_kernel",
     "_plan_kernel",
     "_prefill_kernel",

@@ -131,6 +131,30 @@ def test_penalize(device):
     torch.testing.assert_close(logits, expected)
 
 
+@pytest.mark.parametrize("vocab_size", [31, 32, 4097, 9000])
+def test_mask(vocab_size, device):
+    logits = normal(6, vocab_size, dtype=torch.float32, device=device)
+    rows = torch.tensor([4, 0, 3], dtype=torch.int32, device=device)
+    words = torch.randint(-(2**31), 2**31, (3, -(-vocab_size // 32)), dtype=torch.int32)
+    words[2] = 0
+    expected = logits.cpu().clone()
+    for row, of_row in zip(rows.tolist(), words.tolist(), strict=True):
+        for token in range(vocab_size):
+            if not of_row[token // 32] >> token % 32 & 1:
+                expected[row, token] = -torch.inf
+    for module in (reference, triton_sampling):
+        masked = logits.clone()
+        assert module.mask_(masked, rows, words.to(device)) is masked
+        assert torch.equal(masked.cpu(), expected)
+    assert torch.equal(triton_sampling.mask_(logits.clone(), rows[:0], words[:0].to(device)), logits)
+
+
+def test_half_precision_logits_are_not_masked_in_place(device):
+    rows = torch.zeros(1, dtype=torch.int32, device=device)
+    with pytest.raises(KernelError, match="float32"):
+        triton_sampling.mask_(torch.zeros(1, 4, device=device).half(), rows, rows[None])
+
+
 def test_half_precision_logits_are_not_penalized_in_place(device):
     with pytest.raises(KernelError, match="float32"):
         triton_sampling.penalize_(torch.zeros(1, 4, device=device).half(), *[torch.zeros(1, 4, device=device)] * 5)

@@ -24,6 +24,13 @@ def penalize_(
     return logits.sub_(output_counts * frequency[:, None] + in_answer * presence[:, None])
 
 
+def mask_(logits: Tensor, rows: Tensor, words: Tensor) -> Tensor:
+    bits = (words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=words.device)) & 1
+    allowed = bits.reshape(len(rows), -1)[:, : logits.shape[1]] != 0
+    logits[rows.long()] = logits[rows.long()].masked_fill(~allowed, -torch.inf)
+    return logits
+
+
 def sample(
     logits: Tensor,
     temperature: Tensor,

@@ -1,4 +1,4 @@
-"""Penalties on logits in Triton, in place."""
+"""Penalties and masks on logits in Triton, in place."""
 
 import torch
 import triton
@@ -63,6 +63,39 @@ def penalize_(
             presence,
             frequency,
             V=vocab_size,
+            BLOCK=_BLOCK,
+            num_warps=8,
+            **dependent_launch(logits.device),
+        )
+    return logits
+
+
+@triton.jit(do_not_specialize_on_alignment=["rows_ptr", "words_ptr"])
+def _mask_kernel(
+    logits_ptr, rows_ptr, words_ptr, V: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    """Program (i, part): BLOCK logits of the i-th row that is masked."""
+    allow_next(PDL)
+    wait_for_previous(PDL)
+    i = tl.program_id(0)
+    row = tl.load(rows_ptr + i).to(tl.int64)
+    o_v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    words = tl.load(words_ptr + i * WORDS + o_v // 32, mask=o_v < V, other=-1)
+    refused = ((words >> (o_v % 32)) & 1) == 0
+    tl.store(logits_ptr + row * V + o_v, tl.full([BLOCK], float("-inf"), tl.float32), mask=refused)
+
+
+def mask_(logits: Tensor, rows: Tensor, words: Tensor) -> Tensor:
+    if not logits.is_contiguous() or logits.dtype != torch.float32:
+        raise KernelError(f"mask_ works in place on contiguous float32 logits, got {logits.dtype}")
+    if len(rows):
+        vocab_size = logits.shape[1]
+        _mask_kernel[(len(rows), triton.cdiv(vocab_size, _BLOCK))](
+            logits,
+            rows,
+            words,
+            V=vocab_size,
+            WORDS=words.shape[1],
             BLOCK=_BLOCK,
             num_warps=8,
             **dependent_launch(logits.device),

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from lmtool.kernels.triton.launch import allow_next, arrival_counters, dependent_launch, wait_for_previous
 from lmtool.kernels.triton.noise import load_logits, noisy_logits, pick, sharpness_of
-from lmtool.kernels.triton.penalties import penalize_
+from lmtool.kernels.triton.penalties import mask_, penalize_
 from lmtool.kernels.triton.threshold import halve, kth_of, measure, narrowed, pivots_between, search_row
 
-__all__ = ["penalize_", "sample"]
+__all__ = ["mask_", "penalize_", "sample"]
 
 _CHUNK = 4096
 _GROUPS = 16  # of a chunk: each one's largest logit is kept

@@ -1,0 +1,196 @@
+"""The grammars of an engine's answers, a process each (`grammar_worker`); equal ones share it. Knows no scheduling.
+
+xgrammar is not loaded here: compiling what strangers wrote, and following it, must not slow down or break the engine.
+A grammar's process is kept when nobody uses it, as long as there is room: that is the cache of compiled grammars.
+"""
+
+import logging
+import select
+import socket
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable
+
+from lmtool.engine.constraint import Constraint
+from lmtool.engine.grammar_frames import GrammarVocabulary, frame
+from lmtool.engine.grammar_process import GrammarLimits, GrammarProcess
+from lmtool.engine.grammar_source import GrammarSource
+from lmtool.errors import EngineError, LmtoolError, RequestError
+
+_log = logging.getLogger(__name__)
+_SEND_S = 0.5  # a process reads on a thread of its own: one that does not is gone
+
+
+class Grammars:
+    """For one thread, the engine's. ``vocabulary`` is called once, on a thread of its own, when it is needed."""
+
+    def __init__(self, vocabulary: Callable[[], GrammarVocabulary], limits: GrammarLimits | None = None) -> None:
+        self._limits = limits or GrammarLimits()
+        self._worker = _Worker(vocabulary)
+        self._processes: dict[GrammarSource, GrammarProcess] = {}  # the one that was used last comes last
+        self._waiting: deque[Constraint] = deque()  # for the worker, or for room
+
+    # ------------------------------------------------------------------ answers
+    def follow(self, source: GrammarSource) -> Constraint:
+        """An answer begins; a later `poll` tells when its first token may be chosen."""
+        self._worker.start()
+        constraint = Constraint(source)
+        self._waiting.append(constraint)
+        return constraint
+
+    def leave(self, constraint: Constraint) -> None:
+        """The answer is over, in any way."""
+        if constraint in self._waiting:
+            self._waiting.remove(constraint)
+        elif isinstance(constraint.follower, GrammarProcess):
+            constraint.follower.close(constraint)
+
+    def poll(self, wait_s: float = 0.0) -> list[Constraint]:
+        """Those that may go on now, or cannot. wait_s: how long nothing may come before this returns."""
+        news = self._begin()
+        sockets = {process.connection: process for process in self._processes.values() if process.is_awaited}
+        if not sockets and wait_s and self._waiting:
+            self._worker.wait(wait_s)
+            return self._begin()
+        ready, _, _ = select.select(list(sockets), [], [], 0.0 if news else wait_s) if sockets else ([], [], [])
+        for connection, process in sockets.items():
+            try:
+                if connection in ready:
+                    news += process.receive()
+                error = process.overdue()
+            except LmtoolError as ended:
+                error = ended
+            if error is not None:
+                del self._processes[process.source]
+                news += process.end(error)
+        return news
+
+    # ------------------------------------------------------------------ processes
+    def _begin(self) -> list[Constraint]:
+        """Give those who wait to a process. Returns who cannot have one."""
+        failed: list[Constraint] = []
+        for _ in range(len(self._waiting) if self._worker.is_ready else 0):
+            constraint = self._waiting.popleft()
+            assert constraint.source is not None, "follow gave it one"
+            try:
+                process = self._process(constraint.source)
+            except LmtoolError as error:
+                constraint.error = error
+                failed.append(constraint)
+                continue
+            if process is None:
+                self._waiting.append(constraint)
+            else:
+                constraint.stop_ids = self._worker.stop_ids
+                process.open(constraint)
+        return failed
+
+    def _process(self, source: GrammarSource) -> GrammarProcess | None:
+        """None where there is no room for another."""
+        process = self._processes.pop(source, None)
+        if process is None:
+            if len(self._processes) >= self._limits.num_processes and not self._drop_one():
+                return None
+            process = GrammarProcess(source, self._worker.connection(), self._limits)
+        self._processes[source] = process
+        return process
+
+    def _drop_one(self) -> bool:
+        """The one that nobody has used for longest."""
+        for source, process in self._processes.items():
+            if not process.answers:
+                del self._processes[source]
+                process.connection.close()
+                return True
+        return False
+
+    def close(self) -> None:
+        for process in self._processes.values():
+            process.connection.close()
+        self._processes.clear()
+        self._worker.close()
+
+
+class _Worker:
+    """The process that all others are forks of. Started once it is needed, again where it has ended."""
+
+    def __init__(self, vocabulary: Callable[[], GrammarVocabulary]) -> None:
+        self._make_vocabulary = vocabulary
+        self._ready = threading.Event()  # or it is known why not
+        self._thread: threading.Thread | None = None
+        self._control: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._error: LmtoolError | None = None
+        self.stop_ids: frozenset[int] = frozenset()
+
+    @property
+    def is_ready(self) -> bool:
+        return self._ready.is_set()
+
+    def wait(self, seconds: float) -> None:
+        self._ready.wait(seconds)
+
+    def start(self) -> None:
+        ended = self._process is not None and self._process.poll() is not None
+        if self._ready.is_set() and (ended or self._error is not None):
+            self.close()
+        if self._thread is None:
+            self._ready.clear()
+            self._thread = threading.Thread(target=self._run, name="lmtool-grammars", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        """A tokenizer's bytes and a process: too long for the engine's thread."""
+        try:
+            vocabulary = self._make_vocabulary()
+            if not vocabulary.stop_ids:
+                raise RequestError("response_format: this model's vocabulary has no end of answer", "leave it out")
+            self.stop_ids = frozenset(vocabulary.stop_ids)
+            ours, theirs = socket.socketpair()
+            with theirs:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "lmtool.engine.grammar_worker", str(theirs.fileno())],
+                    pass_fds=(theirs.fileno(),),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,  # the library writes there what its input says
+                    start_new_session=True,  # Ctrl-C is not meant for it
+                )
+            self._control = ours
+            ours.sendall(frame(vocabulary))
+        except LmtoolError as error:
+            self._error = error
+        except Exception as error:  # nobody may wait for ever
+            _log.debug("no process for grammars", exc_info=error)
+            self._error = EngineError(f"the process that follows grammars cannot start: {' '.join(str(error).split())}")
+        self._ready.set()
+
+    def connection(self) -> socket.socket:
+        """To a process of its own. Raises LmtoolError."""
+        if self._error is not None:  # an exception of its own for each
+            raise type(self._error)(self._error.cause, self._error.fix)
+        assert self._control is not None, "it is ready"
+        ours, theirs = socket.socketpair()
+        ours.settimeout(_SEND_S)
+        with theirs:
+            try:
+                socket.send_fds(self._control, [b"+"], [theirs.fileno()])
+            except OSError:
+                ours.close()
+                self._error = EngineError("the process that follows grammars ended", "send the request again")
+                raise self._error from None
+        return ours
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+        if self._thread is not None:
+            self._thread.join()
+        if self._control is not None:
+            self._control.close()
+        if self._process is not None:
+            self._process.kill()  # it may have been started only now
+            self._process.wait()
+        self._thread = self._control = self._process = self._error = None
