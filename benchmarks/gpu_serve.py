@@ -30,6 +30,8 @@ def write_tokenizer(folder: Path, source: Path, vocab_size: int) -> None:
     stored = json.loads((source / "tokenizer.json").read_text())
     vocabulary = stored["model"]["vocab"]
     used = set(vocabulary.values()) | {token["id"] for token in stored["added_tokens"]}
+    for token in stored["added_tokens"]:
+        token["special"] = False  # it would have no text
     vocabulary |= {f"Ġtok{i}": i for i in range(vocab_size) if i not in used}
     (folder / "tokenizer.json").write_text(json.dumps(stored))
     shutil.copy(source / "tokenizer_config.json", folder)

@@ -1,6 +1,7 @@
-"""The engine on a thread of its own: one inbox, one callback per request. Knows neither text nor HTTP.
+"""The engine on a thread of its own: one inbox, and a callback for whoever asks. Knows neither text nor HTTP.
 
-A callback is called from the engine's thread, once for each token and once at the end; it must not block.
+A callback is called from the engine's thread and must not block: once after each step, with the outputs of all requests
+that were submitted with it. A step of hundreds of sequences so costs a call, not hundreds.
 """
 
 import threading
@@ -11,7 +12,7 @@ from lmtool.engine.core import EngineCore, TokenOutput
 from lmtool.engine.sequence import Request
 from lmtool.errors import EngineError, LmtoolError
 
-Callback = Callable[[TokenOutput], None]
+Callback = Callable[[list[TokenOutput]], None]
 Errand = Callable[[EngineCore], None]
 
 
@@ -32,7 +33,7 @@ class AsyncEngine:
         self._post((request, callback))
 
     def abort(self, request_id: int) -> None:
-        """End a request; its callback gets a last call with finish_reason 'abort'. Harmless when it is over."""
+        """End a request; its callback gets a last output with finish_reason 'abort'. Harmless when it is over."""
         self._post_if_open(request_id)
 
     def call(self, errand: Errand) -> None:
@@ -68,8 +69,7 @@ class AsyncEngine:
         reason: LmtoolError = EngineError("the engine is closed")
         try:
             while self._receive():
-                for output in self._core.step():
-                    self._deliver(output)
+                self._deliver(self._core.step())
         except Exception as error:  # a bug of ours: nobody may be left waiting
             reason = EngineError(f"the engine stopped: {type(error).__name__}: {error}")
             raise
@@ -88,7 +88,7 @@ class AsyncEngine:
             if isinstance(item, int):
                 output = self._core.abort(item)
                 if output is not None:
-                    self._deliver(output)
+                    self._deliver([output])
             elif callable(item):
                 item(self._core)
             else:
@@ -96,11 +96,18 @@ class AsyncEngine:
                 self._core.add(item[0])
         return self._core.has_work or self._receive()
 
-    def _deliver(self, output: TokenOutput) -> None:
-        callback = self._callbacks[output.request_id]
-        if output.finish_reason is not None:
-            del self._callbacks[output.request_id]
-        callback(output)
+    def _deliver(self, outputs: list[TokenOutput]) -> None:
+        sorted_out: dict[Callback, list[TokenOutput]] = {}
+        callback, own = None, []
+        for output in outputs:
+            found = self._callbacks[output.request_id]
+            if found is not callback:  # neighbours often have the same
+                callback, own = found, sorted_out.setdefault(found, [])
+            own.append(output)
+            if output.finish_reason is not None:
+                del self._callbacks[output.request_id]
+        for callback, own in sorted_out.items():
+            callback(own)
 
     def _finish(self, reason: LmtoolError) -> None:
         with self._wake:
@@ -110,6 +117,6 @@ class AsyncEngine:
                     self._callbacks[item[0].request_id] = item[1]
             self._inbox.clear()
         for request_id, callback in list(self._callbacks.items()):
-            callback(TokenOutput(request_id, None, "error", error=EngineError(reason.cause, reason.fix)))
+            callback([TokenOutput(request_id, None, "error", error=EngineError(reason.cause, reason.fix))])
         self._callbacks.clear()
         self._core.close()

@@ -2,6 +2,7 @@
 
 import queue
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -119,18 +120,22 @@ class Answers(Iterator[Response]):
         self, engine: AsyncEngine, requests: Sequence[Request], detokenizer: Callable[[GenerationConfig], Detokenizer]
     ) -> None:
         self._engine = engine
-        self._outputs: queue.SimpleQueue[TokenOutput] = queue.SimpleQueue()
+        self._outputs: queue.SimpleQueue[list[TokenOutput]] = queue.SimpleQueue()
+        self._arrived: deque[TokenOutput] = deque()
         started = time.perf_counter()
         self._open = {
             request.request_id: Answer(index, request, detokenizer(request.params), started)
             for index, request in enumerate(requests)
         }
+        take = self._outputs.put  # one object: what a step gives to all of these comes as one list
         for request in requests:
-            engine.submit(request, self._outputs.put)
+            engine.submit(request, take)
 
     def __next__(self) -> Response:
         while self._open:
-            output = self._outputs.get()
+            if not self._arrived:
+                self._arrived.extend(self._outputs.get())
+            output = self._arrived.popleft()
             answer = self._open.get(output.request_id)
             if answer is None:  # a token that was on its way when a stop text ended the answer
                 continue

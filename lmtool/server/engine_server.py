@@ -100,6 +100,7 @@ class _Connection:
         self._socket = there
         self._server = server
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._deliver = self._outbox.put  # one object: a step's outputs come as one list
         self._open: set[int] = set()  # requests that are not over
         self._begun: set[int] = set()  # those whose first token was told with all it has
         self._codec = Codec(ToEngine)
@@ -151,9 +152,9 @@ class _Connection:
             return
         self._open.add(message.request.request_id)
         try:
-            engine.submit(message.request, self._outbox.put)
+            engine.submit(message.request, self._deliver)
         except LmtoolError as error:
-            self._outbox.put(TokenOutput(message.request.request_id, None, "error", error=error))
+            self._outbox.put([TokenOutput(message.request.request_id, None, "error", error=error)])
 
     # ------------------------------------------------------------------ out
     def _write(self) -> None:
@@ -172,7 +173,7 @@ class _Connection:
         tokens = Tokens([], [])
         last: list[bytes] = []
         while True:
-            if isinstance(message, TokenOutput):
+            if isinstance(message, list):
                 self._sort(message, first, tokens, last, codec)
             else:
                 last.append(codec.encode(message))
@@ -187,22 +188,26 @@ class _Connection:
             first.append(codec.encode(tokens))
         return b"".join(first + last)
 
-    def _sort(self, output: TokenOutput, first: list[bytes], tokens: Tokens, last: list[bytes], codec: Codec) -> None:
+    def _sort(
+        self, outputs: list[TokenOutput], first: list[bytes], tokens: Tokens, last: list[bytes], codec: Codec
+    ) -> None:
         """A request's first output goes to ``first``, plain tokens to ``tokens``, its last and all with logprobs, of
-        which none is plain, to ``last``."""
-        request_id = output.request_id
-        if output.finish_reason is not None:
-            self._begun.discard(request_id)
-            self._open.discard(request_id)
-            last.append(codec.encode(Output.of(output)))
-        elif request_id not in self._begun:
-            self._begun.add(request_id)
-            first.append(codec.encode(Output.of(output)))
-        elif output.logprob is None and output.token_id is not None:
-            tokens.request_ids.append(request_id)
-            tokens.token_ids.append(output.token_id)
-        else:
-            last.append(codec.encode(Output.of(output)))
+        which none is plain, to ``last``. Nearly all are plain, and Python is slow: see docs/log.md."""
+        begun, request_ids, token_ids = self._begun, tokens.request_ids, tokens.token_ids
+        for output in outputs:
+            request_id = output.request_id
+            if output.finish_reason is not None:
+                begun.discard(request_id)
+                self._open.discard(request_id)
+                last.append(codec.encode(Output.of(output)))
+            elif request_id not in begun:
+                begun.add(request_id)
+                first.append(codec.encode(Output.of(output)))
+            elif output.logprob is None and output.token_id is not None:
+                request_ids.append(request_id)
+                token_ids.append(output.token_id)
+            else:
+                last.append(codec.encode(Output.of(output)))
 
 
 def stats_of(core: EngineCore) -> Stats:
