@@ -16,11 +16,13 @@ import msgspec
 from lmtool import log
 from lmtool.config import EngineConfig
 from lmtool.engine.async_engine import AsyncEngine
+from lmtool.engine.grammar_frames import GrammarVocabulary
 from lmtool.engine.setup import LoadedEngine, load_engine
 from lmtool.errors import EngineError, LmtoolError
 from lmtool.server.engine_server import EngineServer
 from lmtool.server.orders import EngineOrders
 from lmtool.server.wire import EngineInfo, Failure, Loading, Refused
+from lmtool.tokenizer import load_tokenizer
 
 
 def main() -> int:
@@ -43,6 +45,7 @@ def main() -> int:
         return _refuse(server, error)
     except Exception as error:  # whatever it was: the server is to say it
         return _refuse(server, EngineError(f"the engine cannot start: {type(error).__name__}: {error}"))
+    loaded.core.give_vocabulary(lambda: _vocabulary(orders, loaded))
     engine = AsyncEngine(loaded.core)
     serving.set()
     server.serve(engine, _info(orders.name, loaded))
@@ -50,6 +53,12 @@ def main() -> int:
     server.close()
     engine.close()
     return 0
+
+
+def _vocabulary(orders: EngineOrders, loaded: LoadedEngine) -> GrammarVocabulary:
+    """Read when a grammar is first asked for."""
+    tokenizer = load_tokenizer(Path(orders.path), chat_template=orders.chat_template)
+    return GrammarVocabulary.of(tokenizer, loaded.model.vocab_size)
 
 
 def _wait_for_end_of_stdin(over: threading.Event, serving: threading.Event) -> None:

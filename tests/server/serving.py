@@ -2,6 +2,8 @@
 
 import asyncio
 import threading
+import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,6 +16,13 @@ from lmtool.server.context import ServerContext
 from tests.server.support import EngineInThread, tiny_context, tiny_engine
 
 TIMEOUT_S = 120.0  # generous: the machine is shared
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < end, "it never came to be"
+        time.sleep(0.005)
 
 
 class Serving:

@@ -2,24 +2,16 @@
 
 import json
 import socket
-import time
 
 import pytest
 
-from tests.server.serving import TIMEOUT_S, Serving
+from tests.server.serving import TIMEOUT_S, Serving, wait_until
 
 
 @pytest.fixture(scope="module")
 def server():
     with Serving() as server:
         yield server
-
-
-def wait_until(condition) -> None:
-    end = time.monotonic() + TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < end, "it never came to be"
-        time.sleep(0.005)
 
 
 def sent(server: Serving, path: str, body: dict, num_bytes: int | None = None) -> socket.socket:

@@ -12,8 +12,8 @@ from lmtool.server.config import ServerConfig
 from lmtool.server.context import ServerContext
 from lmtool.server.engine_client import EngineClient
 from lmtool.server.status_routes import SILENCE_S
-from lmtool.server.wire import Failure, Loading, Refused
-from tests.server.serving import TIMEOUT_S, Serving
+from lmtool.server.wire import EngineInfo, Failure, Loading, Refused
+from tests.server.serving import Serving, wait_until
 from tests.server.support import alone, smollm2_tokenizer
 
 
@@ -43,6 +43,9 @@ def test_version_and_documents(serving):
         assert {client.get(path).status_code for path in ("/docs", "/redoc", "/openapi.json")} == {404}
 
 
+INFO = EngineInfo("", 512, 49152, 4, 64, 64, 0.0, {})
+
+
 def asked(context: ServerContext, path: str, method: str = "GET", **settings):
     """Without a server, and without an engine."""
     transport = httpx.ASGITransport(create_app(context))
@@ -65,7 +68,7 @@ def test_health_says_what_is():
         assert health.json() == ready.json()
         return health.status_code, ready.status_code, health.json()["status"]
 
-    assert said() == (503, 503, "down")
+    assert said() == (200, 503, "loading")
     engine._take(Loading("weights", 1, 2))
     assert said() == (200, 503, "loading")
     refused = asked(context, "/v1/completions", "POST", json={"prompt": "a"})
@@ -74,6 +77,10 @@ def test_health_says_what_is():
     engine._take(Refused(Failure("CheckpointError", "the file is broken", "load it again")))
     assert said() == (503, 503, "down")
     assert asked(context, "/health").json()["message"] == "the file is broken; load it again"
+    engine._take(INFO)
+    assert said() == (200, 200, "ready")
+    engine._lost("it was killed")
+    assert said() == (503, 503, "down")
 
 
 def test_health_of_an_engine_that_runs(serving):
@@ -114,9 +121,9 @@ def test_metrics_count_what_was_done():
         body = {"prompt": ids, "max_tokens": 10, "temperature": 0, "stream": True}
         for _ in range(2):
             assert client.post("/v1/completions", json=body).status_code == 200
-        end = time.monotonic() + TIMEOUT_S
-        while (found := figures(client)).get("lmtool:generation_tokens_total") != 20:  # the heartbeat after it
-            assert time.monotonic() < end
+        # the heartbeat after it
+        wait_until(lambda: figures(client).get("lmtool:generation_tokens_total") == 20)
+        found = figures(client)
         assert len(alone(ids, max_new_tokens=10)) == 10
         assert found["lmtool:prompt_tokens_total"] == found["lmtool:prefix_cache_queries_total"] == 140
         assert 64 <= found["lmtool:prefix_cache_hits_total"] < 70
