@@ -6,11 +6,10 @@ from typing import Annotated
 
 import typer
 
-from lmtool.commands import options
+from lmtool.commands import options, serve_options
 from lmtool.commands.serve_client import api_client
 from lmtool.commands.serve_gradio import gradio
-from lmtool.commands.settings_file import read_settings
-from lmtool.errors import ConfigError, InputError
+from lmtool.errors import InputError
 
 app = typer.Typer(no_args_is_help=True, help="Serve a model over HTTP, and talk to a server.")
 app.command("api-client")(api_client)
@@ -19,12 +18,6 @@ app.command("gradio")(gradio)
 _SERVER = "Server"
 _LIMITS = "Limits"
 
-Config = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE", callback=read_settings, is_eager=True, help="A TOML file of these flags; LMTOOL_* also works."
-    ),
-]
 ServerName = Annotated[
     str, typer.Option("--server-name", "--host", help="Address to listen on.", rich_help_panel=_SERVER)
 ]
@@ -67,23 +60,11 @@ DrainTimeout = Annotated[float, typer.Option(help="Seconds for answers under way
 MaxBodyMb = Annotated[float, typer.Option(help="Of one request.", rich_help_panel=_LIMITS)]
 
 
-MaxBatchSize = Annotated[
-    int | None,
-    typer.Option(
-        "--max-batch-size",
-        "--instance-num",
-        help="Most requests computed in one step (default: 256).",
-        rich_help_panel="Engine",
-    ),
-]
-Tp = Annotated[int, typer.Option(help="GPUs that share the model; 1 is what there is.", rich_help_panel="Engine")]
-
-
 @app.command("api-server")
 def api_server(
     model: options.Model,
     *,
-    config: Config = None,
+    config: serve_options.Config = None,
     server_name: ServerName = "127.0.0.1",
     server_port: ServerPort = 23333,
     model_name: ModelName = None,
@@ -102,8 +83,8 @@ def api_server(
     dtype: options.Dtype = options.ENGINE_DEFAULTS.dtype,
     model_format: options.ModelFormat = None,
     session_len: options.SessionLen = None,
-    max_batch_size: MaxBatchSize = None,
-    tp: Tp = 1,
+    max_batch_size: serve_options.MaxBatchSize = None,
+    tp: serve_options.Tp = 1,
     quant_policy: options.QuantPolicy = None,
     kv_dtype: options.KvDtype = None,
     cache_gb: options.CacheGb = None,
@@ -121,8 +102,7 @@ def api_server(
     _need_server()
     if backend is not None:
         options.say_one_engine(backend)
-    if tp != 1:
-        raise ConfigError(f"--tp is {tp}", "give 1: a model that is shared by several GPUs is not there yet")
+    serve_options.check_tp(tp)
     from lmtool.server.config import ServerConfig
 
     engine = options.given(

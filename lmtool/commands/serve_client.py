@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lmtool.commands import chat, options
+from lmtool.commands import chat, options, serve_options
 from lmtool.errors import InputError
 
 if TYPE_CHECKING:
@@ -15,14 +15,6 @@ if TYPE_CHECKING:
 
 Url = Annotated[
     str, typer.Argument(metavar="URL", help="Of an OpenAI-compatible server, as in http://localhost:23333.")
-]
-ApiKey = Annotated[
-    str | None,
-    typer.Option(help="The server's key; LMTOOL_API_KEY keeps it out of the command line.", envvar="LMTOOL_API_KEY"),
-]
-ServedModel = Annotated[
-    str | None,
-    typer.Option("--model", "--model-name", help="Which of the server's models (default: its first)."),
 ]
 SessionId = Annotated[
     int | None,
@@ -36,8 +28,9 @@ SessionId = Annotated[
 def api_client(
     url: Url,
     *,
-    api_key: ApiKey = None,
-    model: ServedModel = None,
+    config: serve_options.Config = None,
+    api_key: serve_options.ApiKey = None,
+    model_name: serve_options.ServedModel = None,
     session_id: SessionId = None,
     system: chat.System = None,
     prompt: chat.Prompt = None,
@@ -61,7 +54,8 @@ def api_client(
 ) -> None:
     """Chat with a server on the terminal.
 
-    Without a terminal on stdin, what is piped in is the prompt and stdout is only the answer.
+    Without a terminal on stdin, what is piped in is the prompt and stdout is only the answer. Flags may also come from
+    --config or from LMTOOL_API_KEY and the like.
     """
     from lmtool.chat.oneshot import read_question
 
@@ -82,7 +76,7 @@ def api_client(
     question = read_question(prompt, sys.stdin)
     chat.check_combination(question, json=json, show_prompt=show_prompt, logprobs=logprobs)
     begun_s = time.perf_counter()
-    backend = _connect(url, api_key, model, session_id)
+    backend = _connect(url, api_key, model_name, session_id)
     connect_s = time.perf_counter() - begun_s
     try:
         if question is None:

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lmtool.commands import chat, options
-from lmtool.commands.serve_client import ApiKey
+from lmtool.commands import chat, options, serve_options
 from lmtool.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -30,9 +29,6 @@ ServerName = Annotated[str, typer.Option("--server-name", "--host", help="Addres
 ServerPort = Annotated[int, typer.Option("--server-port", "--port", help="Its port; 0: a free one.", min=0, max=65535)]
 Share = Annotated[bool, typer.Option("--share", hidden=True)]
 RestfulApi = Annotated[bool, typer.Option("--restful-api", hidden=True)]
-ServedModel = Annotated[
-    str | None, typer.Option("--served-model", help="Which of the server's models (default: its first).")
-]
 
 
 def gradio(
@@ -40,8 +36,9 @@ def gradio(
     *,
     server_name: ServerName = "127.0.0.1",
     server_port: ServerPort = 6006,
-    api_key: ApiKey = None,
-    served_model: ServedModel = None,
+    config: serve_options.Config = None,
+    api_key: serve_options.ApiKey = None,
+    model_name: serve_options.ServedModel = None,
     temperature: options.Temperature = None,
     top_k: options.TopK = None,
     top_p: options.TopP = None,
@@ -52,13 +49,14 @@ def gradio(
     dtype: options.Dtype = options.ENGINE_DEFAULTS.dtype,
     model_format: options.ModelFormat = None,
     session_len: options.SessionLen = None,
-    max_batch_size: options.MaxBatchSize = None,
+    max_batch_size: serve_options.MaxBatchSize = None,
+    tp: serve_options.Tp = 1,
     quant_policy: options.QuantPolicy = None,
     kv_dtype: options.KvDtype = None,
     cache_gb: options.CacheGb = None,
     cache_host_gb: options.CacheHostGb = None,
     cache_max_entry_count: options.CacheMaxEntryCount = None,
-    chat_template: options.ChatTemplate = None,
+    chat_template: options.ServedChatTemplate = None,
     revision: options.Revision = None,
     download_dir: options.DownloadDir = None,
     backend: options.Backend = None,
@@ -66,6 +64,7 @@ def gradio(
     restful_api: RestfulApi = False,
 ) -> None:
     """A page to chat with a server, or with a model that is loaded here."""
+    serve_options.check_tp(tp)
     is_url = url_or_model.startswith(("http://", "https://"))
     engine = options.given(
         model_format=model_format,
@@ -80,7 +79,7 @@ def gradio(
     engine |= {name: value for name, value in (("device", device), ("dtype", dtype)) if value != "auto"}
     source = chat.Source(url_or_model, chat_template, revision, download_dir)
     of_model = [*engine, *options.given(chat_template=chat_template, revision=revision, download_dir=download_dir)]
-    of_url = options.given(api_key=api_key, served_model=served_model, restful_api=restful_api or None)
+    of_url = options.given(api_key=api_key, model_name=model_name, restful_api=restful_api or None)
     _check(is_url, of_model, list(of_url), share=share)
     sampling = options.given(
         temperature=temperature,
@@ -95,12 +94,12 @@ def gradio(
         options.say_one_engine(backend)
     port = _free_port(server_name, server_port)
     if is_url:
-        found, recommended = _connect(url_or_model, api_key, served_model)
+        found, recommended = _connect(url_or_model, api_key, model_name)
         users = _USERS
     else:
-        config = options.engine_config(**engine)
-        users = config.max_batch_size
-        found, recommended = _load(source, config)
+        settings = options.engine_config(**engine)
+        users = settings.max_batch_size
+        found, recommended = _load(source, settings)
     try:
         _show(found, options.generation_config(sampling, recommended), users, server_name, port)
     finally:

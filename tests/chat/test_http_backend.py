@@ -1,6 +1,7 @@
 """The terminal's other backend: a URL. Real servers (the tiny model's), ill ones, and a real pseudo-terminal."""
 
 import json
+import os
 import re
 import socket
 import subprocess
@@ -175,6 +176,18 @@ def test_a_server_that_wants_a_key() -> None:
         backend = HttpBackend(server.url, api_key="secret")
         assert list(backend.stream(QUESTION, GREEDY))[-1].finish_reason == "length"
         backend.close()
+        refused = lmtool(server.url, "--prompt", "hello")
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert "give --api-key" in refused.stderr
+        told = lmtool(server.url, "--prompt", "hello", "--max-new-tokens", "2", LMTOOL_API_KEY="secret")
+        assert told.returncode == 0, told.stderr
+
+
+def test_flags_may_come_from_a_file(server, tmp_path) -> None:
+    file = tmp_path / "flags.toml"
+    file.write_text('max_new_tokens = 3\ntemperature = 0\nmodel-name = "tiny"\n')
+    found = lmtool(server.url, "--prompt", "hello", "--json", "--config", str(file))
+    assert json.loads(found.stdout)["num_generated_tokens"] == 3
 
 
 def test_another_model_and_another_kind_of_server(server) -> None:
@@ -240,9 +253,10 @@ def test_a_thought_that_the_server_split_off_is_a_thought_here(field) -> None:
 
 
 # ------------------------------------------------------------------ the command
-def lmtool(*words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+def lmtool(*words: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "lmtool", "serve", "api_client", *words]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, cwd=REPO, timeout=120)
+    known = {**os.environ, **environment}
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, cwd=REPO, env=known, timeout=120)
 
 
 def test_piped_in_and_out(server) -> None:
