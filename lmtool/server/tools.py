@@ -88,7 +88,7 @@ def prepare(
         return None
     form = format_of(tokenizer)
     offered = tuple(known[name] for name in allowed)
-    parallel = parallel_tool_calls is not False and not _is_named(tool_choice)
+    parallel = parallel_tool_calls is not False and not _is_named(tool_choice) and form.several
     return ToolUse(
         tools=offered,
         required=required,

@@ -20,6 +20,7 @@ class ToolFormat:
     between     what separates two calls of one block; None: a block is one call
     arguments   the field with the arguments, beside "name"
     bare        a call may also stand at the beginning of an answer without ``begin``
+    several     an answer may have more calls than one
     short_ids   ids of calls are nine letters or digits, on which Mistral's templates insist
     """
 
@@ -32,6 +33,7 @@ class ToolFormat:
     between: str | None = None
     arguments: str = "arguments"
     bare: bool = False
+    several: bool = True
     short_ids: bool = False
 
     @property
@@ -44,7 +46,8 @@ class ToolFormat:
 
 
 HERMES = ToolFormat(name="hermes", begin=("<tool_call>",), end=("</tool_call>",), padding="\n")
-LLAMA3 = ToolFormat(name="llama3", begin=("<|python_tag|>",), between="; ", arguments="parameters", bare=True)
+# its template refuses a conversation in which an answer has two calls
+LLAMA3 = ToolFormat(name="llama3", begin=("<|python_tag|>",), arguments="parameters", bare=True, several=False)
 MISTRAL = ToolFormat(
     name="mistral", begin=("[TOOL_CALLS]",), padding=" ", opening="[", closing="]", between=", ", short_ids=True
 )

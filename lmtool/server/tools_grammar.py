@@ -19,10 +19,8 @@ def tool_grammar(
 ) -> Grammar | None:
     """Free text until a call begins, or, ``required``, nothing but calls; arguments by their schema.
 
-    ``strict: false`` of a tool lets its arguments be any object; one without parameters takes none.
-
-    None where free text could not be told from a call
-    by its first letters (Llama 3's bare objects).
+    ``strict: false`` of a tool lets its arguments be any object; one without parameters takes none. The result is None
+    where free text could not be told from a call by its first letters (Llama 3's bare objects).
     """
     if form.bare and not required:
         return None

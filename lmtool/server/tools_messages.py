@@ -18,10 +18,9 @@ def conversation(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) ->
     and a result text of the user, between <tool_response> tags, both as Hermes writes them. Raises Refusal for a call
     whose arguments are not a JSON object.
     """
-    if not any(message.get("tool_calls") or message.get("role") == "tool" for message in messages):
-        return [dict(message) for message in messages]
     plain = [_with_objects(i, message) for i, message in enumerate(messages)]
-    return plain if knows_tools(tokenizer) else _as_text(plain)
+    has_calls = any("tool_calls" in message or message.get("role") == "tool" for message in plain)
+    return _as_text(plain) if has_calls and not knows_tools(tokenizer) else plain
 
 
 def with_tools(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], wish: str) -> list[Message]:

@@ -48,7 +48,7 @@ class ToolReader:
         self.num_calls = 0
         self._format = form
         self._names = names
-        self._parallel = parallel
+        self._parallel = parallel and form.several
         self._streams = streams
         self._state = _State.START
         self._held = ""  # not yet understood

@@ -74,9 +74,11 @@ def speaking(source: str, *special: str) -> Tokenizer:
 def written(form, *calls: tuple[str, str]) -> str:
     """As a model writes calls of (name, arguments)."""
     objects = [f'{{"name": "{name}", "{form.arguments}": {arguments}}}' for name, arguments in calls]
+    if form.bare:
+        (one,) = objects
+        return one
     if form.between is not None:
-        begin = "" if form.bare else form.begin_text + form.padding
-        return begin + form.opening + form.between.join(objects) + form.closing
+        return form.begin_text + form.padding + form.opening + form.between.join(objects) + form.closing
     return "\n".join(f"{form.begin_text}\n{one}\n{form.end_text}" for one in objects)
 
 
@@ -99,7 +101,7 @@ def read(reader: ToolReader, *texts: str) -> tuple[str, list[tuple[str, str]]]:
 @pytest.mark.parametrize("streams", [False, True])
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
 def test_calls_are_read(form, streams) -> None:
-    calls = [("add", '{"a": 1, "b": "}]</tool_call> \\" {"}'), ("now", "{}")]
+    calls = [("add", '{"a": 1, "b": "}]</tool_call> \\" {"}'), ("now", "{}")][: 1 + form.several]
     reader = ToolReader(form, {"add", "now"}, streams=streams)
     assert read(reader, written(form, *calls)) == ("", calls)
 
@@ -203,6 +205,7 @@ ARGUMENTS = st.dictionaries(st.text(max_size=5), st.recursive(st.text() | st.int
 
 @given(st.data(), st.sampled_from(FORMATS), st.lists(ARGUMENTS, min_size=1, max_size=3))
 def test_a_well_formed_answer_is_streamed_the_same_however_it_is_cut_and_wherever_it_ends(data, form, calls) -> None:
+    calls = calls if form.several else calls[:1]
     text = written(form, *(("add", json.dumps(call, ensure_ascii=data.draw(st.booleans()))) for call in calls))
     whole = read(ToolReader(form, {"add"}, streams=True), text)
     assert (whole[0], [json.loads(arguments) for _, arguments in whole[1]]) == ("", calls)
@@ -269,6 +272,20 @@ def test_a_template_that_knows_tools_gets_objects() -> None:
     assert ids.count(end) == text.count("<|im_end|>") - 1  # the description's is text
 
 
+def test_a_model_of_one_call_is_asked_for_one() -> None:
+    use = prepare([ADD, NOW], "required", True, speaking("{{ tools }} <|python_tag|>"))
+    assert (use.form, use.parallel) == (LLAMA3, False)
+    two = written(LLAMA3, ("add", "{}")) + "; " + written(LLAMA3, ("now", "{}"))
+    content, calls = read(use.reader(), two)
+    assert calls == [("add", "{}")]
+    assert content == "; " + written(LLAMA3, ("now", "{}"))
+
+
+def test_a_message_with_no_calls_has_no_such_field() -> None:
+    (plain,) = conversation([{"role": "assistant", "content": "x", "tool_calls": []}], smollm2_tokenizer())
+    assert plain == {"role": "assistant", "content": "x"}
+
+
 def test_arguments_of_the_past_must_be_objects() -> None:
     bad = {**CALL, "tool_calls": [{"function": {"name": "add", "arguments": "[1"}}]}
     with pytest.raises(Refusal) as refused:
@@ -316,9 +333,10 @@ def test_required_calls_and_nothing_else(form) -> None:
     good = written(form, ("add", '{"a": 1, "b": 2}'))
     grammar = _compiled(form, required=True, parallel=True)
     assert _is_grammar_accept_string(grammar, good)
-    both = written(form, ("add", '{"a": 1, "b": 2}'), ("now", "{}"))
-    assert _is_grammar_accept_string(grammar, both)
-    assert not _is_grammar_accept_string(_compiled(form, required=True, parallel=False), both)
+    if form.several:
+        both = written(form, ("add", '{"a": 1, "b": 2}'), ("now", "{}"))
+        assert _is_grammar_accept_string(grammar, both)
+        assert not _is_grammar_accept_string(_compiled(form, required=True, parallel=False), both)
     for bad in ("", "no", good + " x", good.replace("1", '"1"'), good.replace("add", "sub"), "x " + good):
         assert not _is_grammar_accept_string(grammar, bad)
 
