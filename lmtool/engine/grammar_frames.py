@@ -33,11 +33,12 @@ class GrammarVocabulary(msgspec.Struct, frozen=True):
 
 
 class Source(msgspec.Struct, tag=True):
-    """The first frame to a process: what it is to compile."""
+    """The first frame to a process: what it is to compile, and the memory that it may take besides what it has."""
 
     kind: str
     text: str
     closed: bool
+    memory_bytes: int
 
 
 class Open(msgspec.Struct, tag=True):

@@ -23,13 +23,22 @@ _LOOK = "see what `python -c 'import xgrammar'` says"
 
 @dataclass(frozen=True, slots=True)
 class GrammarLimits:
-    """Seconds that a grammar may take: to be compiled, and to say what may follow a token. start_s: for the process
-    that all others come from, which loads the library. num_processes: grammars that are kept, in use or not."""
+    """What grammars may take.
+
+    start_s        seconds, for the process that all others come from, which loads the library
+    compile_s      for a grammar to be compiled
+    step_s         to say what may follow a token
+    memory_bytes   of a process, beyond what all of them share
+    num_processes  that there may be, in use or not
+    num_answers    of one grammar that a process follows before there is another: each takes 0.15 ms a token
+    """
 
     start_s: float = 120.0
     compile_s: float = 10.0
     step_s: float = 2.0
+    memory_bytes: int = 512 << 20
     num_processes: int = 32
+    num_answers: int = 16
 
 
 class GrammarProcess:
@@ -42,7 +51,7 @@ class GrammarProcess:
         self._frames = Frames()
         self._awaited = deque(["start"])  # what the replies that are still to come tell
         self._since = time.monotonic()  # the first of them is the next
-        self._order(Source(source.kind, source.text, source.closed), "compile")
+        self._order(Source(source.kind, source.text, source.closed, limits.memory_bytes), "compile")
 
     # ------------------------------------------------------------------ orders
     def open(self, constraint: Constraint) -> None:

@@ -35,7 +35,6 @@ from lmtool.engine.grammar_frames import (
     receive,
 )
 
-_MEMORY_BYTES = 512 << 20  # beyond what a process has when it begins
 _LOG_PREFIX = re.compile(r"^\[[\d:]+\] \S+:\d+: ")
 _MOST_LETTERS = 300
 _MOST_WHITESPACE = 20  # between two parts of JSON: a model that is not sure would go on with it
@@ -81,10 +80,10 @@ def _serve(connection: socket.socket, compiler: Any | None, vocabulary: GrammarV
     """One grammar's process. Another thread reads, so that the engine's leaving is noticed in the middle of C++."""
     orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, orders), daemon=True).start()
-    _limit_memory()
     connection.sendall(frame(Begun()))
     source = orders.get()
     assert isinstance(source, Source), "the first order"
+    _limit_memory(source.memory_bytes)
     try:
         answers = _Answers(_compiled(compiler, source), vocabulary)
     except _RefusedError as error:
@@ -105,9 +104,9 @@ def _listen(connection: socket.socket, orders: "queue.SimpleQueue[Order]") -> No
     os._exit(0)
 
 
-def _limit_memory() -> None:
+def _limit_memory(more_bytes: int) -> None:
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (now + _MEMORY_BYTES, now + _MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_AS, (now + more_bytes, now + more_bytes))
 
 
 class _RefusedError(Exception):
@@ -128,9 +127,9 @@ def _compiled(compiler: Any | None, source: Source) -> Any:
         if source.kind == "tag":
             return compiler.compile_structural_tag(source.text)
         return compiler.compile_grammar(source.text)
-    except MemoryError:
-        raise _RefusedError("response_format: its grammar needs too much memory", "make it smaller") from None
     except Exception as error:  # whatever the library says of it
+        if isinstance(error, MemoryError) or "bad_alloc" in str(error):
+            raise _RefusedError("response_format: its grammar needs too much memory", "make it smaller") from None
         raise _RefusedError(f"response_format: {_one_line(error)}", _NOT_WHOLE) from None
 
 

@@ -1,4 +1,5 @@
-"""The grammars of an engine's answers, a process each (`grammar_worker`); equal ones share it. Knows no scheduling.
+"""The grammars of an engine's answers, in processes (`grammar_worker`); a few of the same one share it. Knows no
+scheduling.
 
 xgrammar is not loaded here: compiling what strangers wrote, and following it, must not slow down or break the engine.
 A grammar's process is kept when nobody uses it, as long as there is room: that is the cache of compiled grammars.
@@ -29,7 +30,7 @@ class Grammars:
     def __init__(self, vocabulary: Callable[[], GrammarVocabulary], limits: GrammarLimits | None = None) -> None:
         self._limits = limits or GrammarLimits()
         self._worker = _Worker(vocabulary)
-        self._processes: dict[GrammarSource, GrammarProcess] = {}  # the one that was used last comes last
+        self._processes: list[GrammarProcess] = []  # the one that was used last comes last
         self._waiting: deque[Constraint] = deque()  # for the worker, or for room
 
     # ------------------------------------------------------------------ answers
@@ -50,20 +51,23 @@ class Grammars:
     def poll(self, wait_s: float = 0.0) -> list[Constraint]:
         """Those that may go on now, or cannot. wait_s: how long nothing may come before this returns."""
         news = self._begin()
-        sockets = {process.connection: process for process in self._processes.values() if process.is_awaited}
-        if not sockets and wait_s and self._waiting:
+        awaited = {process.connection.fileno(): process for process in self._processes if process.is_awaited}
+        if not awaited and wait_s and self._waiting:
             self._worker.wait(wait_s)
             return self._begin()
-        ready, _, _ = select.select(list(sockets), [], [], 0.0 if news else wait_s) if sockets else ([], [], [])
-        for connection, process in sockets.items():
+        poller = select.poll()
+        for file in awaited:
+            poller.register(file, select.POLLIN)
+        ready = {file for file, _ in poller.poll(0 if news else 1000 * wait_s)} if awaited else ()
+        for file, process in awaited.items():
             try:
-                if connection in ready:
+                if file in ready:
                     news += process.receive()
                 error = process.overdue()
             except LmtoolError as ended:
                 error = ended
             if error is not None:
-                del self._processes[process.source]
+                self._processes.remove(process)
                 news += process.end(error)
         return news
 
@@ -88,26 +92,28 @@ class Grammars:
         return failed
 
     def _process(self, source: GrammarSource) -> GrammarProcess | None:
-        """None where there is no room for another."""
-        process = self._processes.pop(source, None)
-        if process is None:
-            if len(self._processes) >= self._limits.num_processes and not self._drop_one():
-                return None
-            process = GrammarProcess(source, self._worker.connection(), self._limits)
-        self._processes[source] = process
+        """Of those with this grammar the one with the fewest answers, or a new one; None: there is no room for it."""
+        own = [process for process in self._processes if process.source == source]
+        process = min(own, key=lambda one: len(one.answers), default=None)
+        if process is None or len(process.answers) >= self._limits.num_answers:
+            if self._has_room():
+                process = GrammarProcess(source, self._worker.connection(), self._limits)
+                self._processes.append(process)
+        else:
+            self._processes.remove(process)
+            self._processes.append(process)
         return process
 
-    def _drop_one(self) -> bool:
-        """The one that nobody has used for longest."""
-        for source, process in self._processes.items():
-            if not process.answers:
-                del self._processes[source]
-                process.connection.close()
-                return True
-        return False
+    def _has_room(self) -> bool:
+        """For another process; the one that nobody has used for longest makes place."""
+        idle = next((process for process in self._processes if not process.answers), None)
+        if len(self._processes) >= self._limits.num_processes and idle is not None:
+            self._processes.remove(idle)
+            idle.connection.close()
+        return len(self._processes) < self._limits.num_processes
 
     def close(self) -> None:
-        for process in self._processes.values():
+        for process in self._processes:
             process.connection.close()
         self._processes.clear()
         self._worker.close()

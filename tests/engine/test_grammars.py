@@ -179,6 +179,18 @@ def test_a_monster_ends_itself_or_works_and_nobody_else_notices(source: GrammarS
     shared.leave(bystander)
 
 
+def test_a_grammar_that_needs_too_much_memory() -> None:
+    grammars = Grammars(lambda: VOCABULARY, GrammarLimits(memory_bytes=24 << 20))
+    bystander = follow(grammars, DIGITS, "1")
+    glutton = follow(grammars, monsters()["a huge enum"])
+    assert isinstance(glutton.error, RequestError)
+    assert "needs too much memory" in str(glutton.error)
+    bystander.advance(ord("2"))
+    heard(grammars, bystander)
+    assert "∎" in allowed(bystander)
+    grammars.close()
+
+
 def test_catastrophic_patterns_are_harmless(shared: Grammars) -> None:
     for pattern in ("(a+)+b", "(a|a)*b", "(a*a*)*b"):
         constraint = follow(shared, GrammarSource("regex", pattern), "a" * 40)
@@ -260,9 +272,25 @@ def test_grammars_are_kept_while_there_is_room_and_wait_where_there_is_none() ->
     assert allowed(third) == "c"
     assert allowed(first) == "a"
     grammars.leave(third)
-    kept = {id(process) for process in grammars._processes.values()}
+    kept = {id(process) for process in grammars._processes}
     again = follow(grammars, sources[2])
     assert id(again.follower) in kept
+    grammars.close()
+
+
+def test_many_answers_of_one_grammar_are_spread_over_processes_while_there_is_room() -> None:
+    grammars = Grammars(lambda: VOCABULARY, GrammarLimits(num_processes=2, num_answers=3))
+    answers = [grammars.follow(DIGITS) for _ in range(10)]
+    heard(grammars, *answers)
+    assert sorted(len(process.answers) for process in grammars._processes) == [5, 5]
+    other = grammars.follow(GrammarSource("regex", "b"))
+    for one in answers:
+        one.advance(ord("7"))
+    heard(grammars, *answers)
+    assert other.allowed is None
+    for one in answers:
+        grammars.leave(one)
+    heard(grammars, other)
     grammars.close()
 
 

@@ -186,12 +186,12 @@ def test_an_abort_while_the_grammar_is_compiled_and_one_that_is_refused(core: En
     core.add(request(31, [1, 2], max_new_tokens=4, after=30))
     core.add(request(32, [1, 2], max_new_tokens=4, response_format={"type": "regex_schema", "regex_schema": "(("}))
     core.add(request(33, [3], max_new_tokens=9, response_format=WORDS))
-    core.step()
+    answers: dict[int, list[int]] = {31: [], 33: []}
+    collect(core.step(), answers)
     assert core.has_work
     aborted = core.abort(30)
     assert aborted is not None
     assert aborted.finish_reason == "abort"
-    answers: dict[int, list[int]] = {31: [], 33: []}
     errors = {}
     while core.has_work:
         outputs = core.step()
@@ -216,3 +216,21 @@ def test_an_engine_that_was_given_no_vocabulary_says_so() -> None:
     assert isinstance(errors[0], EngineError)
     assert isinstance(errors[1], RequestError)
     assert len([o for o in outputs if o.request_id == 2]) == 3
+
+
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    from tests.engine.test_graphs import gpu_core, gpu_decoder
+
+    core = gpu_core(gpu_decoder())
+    core.give_vocabulary(lambda: VOCABULARY)
+    free = [request(i, [i] * (20 + 30 * i), max_new_tokens=60) for i in range(3)]
+    bound = [
+        request(10 + i, [i] * 50, max_new_tokens=99, temperature=1.0, seed=i, response_format=LONG) for i in range(3)
+    ]
+    answers = run_all(core, [one for pair in zip(free, bound, strict=True) for one in pair])
+    decoder = tiny_decoder()
+    expected = run_all(tiny_core(decoder), free)
+    check_equal(expected, {i: answers[i] for i in expected}, decoder, {one.request_id: one.prompt_ids for one in free})
+    assert all(re.fullmatch(rb"(ab|cd){40,45}", bytes(answers[i][:-1])) for i in range(10, 13))
+    core.close()
