@@ -216,21 +216,3 @@ def test_an_engine_that_was_given_no_vocabulary_says_so() -> None:
     assert isinstance(errors[0], EngineError)
     assert isinstance(errors[1], RequestError)
     assert len([o for o in outputs if o.request_id == 2]) == 3
-
-
-@pytest.mark.gpu
-def test_on_a_gpu() -> None:
-    from tests.engine.test_graphs import gpu_core, gpu_decoder
-
-    core = gpu_core(gpu_decoder())
-    core.give_vocabulary(lambda: VOCABULARY)
-    free = [request(i, [i] * (20 + 30 * i), max_new_tokens=60) for i in range(3)]
-    bound = [
-        request(10 + i, [i] * 50, max_new_tokens=99, temperature=1.0, seed=i, response_format=LONG) for i in range(3)
-    ]
-    answers = run_all(core, [one for pair in zip(free, bound, strict=True) for one in pair])
-    decoder = tiny_decoder()
-    expected = run_all(tiny_core(decoder), free)
-    check_equal(expected, {i: answers[i] for i in expected}, decoder, {one.request_id: one.prompt_ids for one in free})
-    assert all(re.fullmatch(rb"(ab|cd){40,45}", bytes(answers[i][:-1])) for i in range(10, 13))
-    core.close()
