@@ -117,6 +117,11 @@ class SessionStore:
             number, num_bytes = number - 1, num_bytes - freed
 
     # ------------------------------------------------------------------ turns
+    @property
+    def num_turns(self) -> int:
+        """Under way in this process."""
+        return len(self._turns)
+
     @contextlib.asynccontextmanager
     async def turn(self, owner: str, name: str) -> AsyncIterator[Turn]:
         """The conversation is this block's alone. Raises Refusal (409) while another one has it, in any process."""
@@ -128,8 +133,10 @@ class SessionStore:
         try:
             yield turn
         finally:
-            del self._turns[turn.id]
-            await asyncio.to_thread(self._execute, "DELETE FROM turns WHERE turn = ?", turn.id)
+            try:
+                await asyncio.to_thread(self._execute, "DELETE FROM turns WHERE turn = ?", turn.id)
+            finally:
+                del self._turns[turn.id]
 
     async def cancel(self, owner: str, name: str) -> bool:
         """End the turn under way, in whatever process; False where there is none."""

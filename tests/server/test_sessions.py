@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import random
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +15,7 @@ from lmtool.server import sessions
 from lmtool.server.dialogue import Dialogue, next_ids
 from lmtool.server.errors import Refusal
 from lmtool.server.sessions import SessionStore
-from tests.server.serving import Serving
+from tests.server.serving import Serving, wait_until
 from tests.server.support import smollm2_tokenizer
 
 
@@ -158,9 +159,7 @@ def parts(answer: httpx.Response) -> Iterator[dict[str, Any]]:
 
 
 def wait_until_idle(server: Serving) -> None:
-    """A turn of a session of its own is answered, and nothing else is computed then."""
-    while server.engine.core.scheduler.has_work:
-        say(server, "x", -1, interactive_mode=False, request_output_len=1)
+    wait_until(lambda: not server.engine.core.has_work and not server.context.sessions.num_turns)
 
 
 def test_the_tenth_turn_computes_only_its_new_tokens(server) -> None:
@@ -240,10 +239,8 @@ def test_who_goes_away_ends_the_turn_and_finds_what_was_said(server) -> None:
     with server.http() as client, client.stream("POST", URL, json=body) as answer:
         next(parts(answer))
     wait_until_idle(server)
-    with server.http() as client:
-        while (after := client.post(URL, json={**body, "stream": False, **GREEDY})).status_code == 409:
-            pass  # the server is still writing down what there was
-    assert 0 < after.json()["history_tokens"] < 400
+    after = say(server, "and now", 8)
+    assert 0 < after["history_tokens"] < 400
 
 
 @pytest.mark.parametrize(
@@ -266,6 +263,49 @@ def test_what_cannot_be_is_refused_by_name(server, body, param) -> None:
     error = answer.json()["error"]
     assert answer.status_code == 400, error
     assert error["param"] == param or param in error["message"]
+
+
+def test_many_at_once_cut_and_cancelled_leave_nothing_behind() -> None:
+    failures: list[str] = []
+
+    def person(server: Serving, number: int) -> None:
+        chance = random.Random(number)
+        with server.http() as client:
+            for _ in range(15):
+                session_id = chance.randrange(5)
+                body = {
+                    "prompt": "hello",
+                    "session_id": session_id,
+                    "interactive_mode": chance.random() < 0.8,
+                    **GREEDY,
+                }
+                match chance.randrange(4):
+                    case 0:
+                        answer = client.post(URL, json={**body, "prompt": "", "cancel": True})
+                    case 1:
+                        settings = {"stream": True, "request_output_len": 60}
+                        with client.stream("POST", URL, json={**body, **settings}) as answer:
+                            for _ in zip(range(chance.randrange(4)), answer.iter_lines(), strict=False):
+                                pass
+                    case _:
+                        answer = client.post(URL, json=body)
+                if answer.status_code not in (200, 400, 409):  # 400: the context is full
+                    failures.append(answer.text)
+
+    with Serving() as server:
+        blocks = server.engine.core.scheduler.blocks
+        num_free = blocks.num_free
+        people = [threading.Thread(target=person, args=(server, number)) for number in range(6)]
+        for one in people:
+            one.start()
+        for one in people:
+            one.join()
+        assert failures == []
+        wait_until_idle(server)
+        assert server.context.engine.num_open == 0
+        assert blocks.num_free == num_free
+        say(server, "", 1, interactive_mode=False)
+        assert say(server, "hello", 1)["history_tokens"] == 0
 
 
 def test_another_key_does_not_find_a_session() -> None:
