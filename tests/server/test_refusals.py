@@ -1,13 +1,19 @@
 """What cannot be is refused as OpenAI refuses: an error object, one line of cause and fix, and the field's name."""
 
 import json
+import re
+from pathlib import Path
 
 import openai
 import pytest
+from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
+from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
 from pydantic import ValidationError
 
+from lmtool.server.config import ServerConfig
 from lmtool.server.errors import Refusal
-from lmtool.server.json_body import parse
+from lmtool.server.json_body import MAX_DEPTH, MAX_MEMBERS, parse
+from lmtool.server.protocol import SENTENCES
 from lmtool.server.protocol_chat import ChatRequest
 from lmtool.server.protocol_completion import CompletionRequest
 from lmtool.server.protocol_interactive import InteractiveRequest
@@ -113,6 +119,17 @@ def test_what_a_completion_cannot_have(serving, given, param, said):
     assert said in error["message"]
 
 
+def test_every_field_of_openais_is_known():
+    """Those of the installed client: honoured, of no effect, or refused with a sentence of what to do."""
+    theirs = ChatParams.__annotations__.keys() | {"stream"}
+    assert not theirs - ChatRequest.model_fields.keys()
+    theirs = CompletionParams.__annotations__.keys() | {"stream"}
+    assert not theirs - CompletionRequest.model_fields.keys()
+    for kind in (ChatRequest, CompletionRequest):
+        never = {name for name, field in kind.model_fields.items() if field.annotation is type(None)}
+        assert not never - SENTENCES.keys()
+
+
 def test_openais_client_sees_its_own_errors(serving):
     client = serving.openai()
     with pytest.raises(openai.NotFoundError) as missing:
@@ -194,3 +211,14 @@ def test_what_is_refused_costs_the_others_nothing(serving):
     assert serving.context.engine.num_open == 0
     answer = serving.openai().completions.create(model="tiny", prompt="a", max_tokens=2)
     assert answer.usage.completion_tokens == 2
+
+
+def test_every_field_is_documented():
+    page = (Path(__file__).parents[2] / "docs" / "http.md").read_text()
+    for kind in (ChatRequest, CompletionRequest):
+        for name in kind.model_fields:
+            assert re.search(rf"`[^`]*\b{name}\b[^`]*`", page), name
+    bounds = ServerConfig()
+    assert f"at most {bounds.max_n} choices and {bounds.max_stop} stop texts of {bounds.max_stop_chars}" in page
+    assert f"{bounds.max_prompts} prompts times choices, and {MAX_MEMBERS:,} fields" in page
+    assert f"nested {MAX_DEPTH} deep" in page
