@@ -19,6 +19,24 @@ if TYPE_CHECKING:
     from lmtool.config import EngineConfig, GenerationConfig
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_OF_URL = ("api_key", "model_name", "restful_api")
+_OF_MODEL = (
+    "device",
+    "dtype",
+    "model_format",
+    "session_len",
+    "max_batch_size",
+    "tp",
+    "quant_policy",
+    "kv_dtype",
+    "cache_gb",
+    "cache_host_gb",
+    "cache_max_entry_count",
+    "chat_template",
+    "revision",
+    "download_dir",
+    "backend",
+)
 _USERS = 64  # of a URL, at once; a model of this process has its --max-batch-size
 
 UrlOrModel = Annotated[
@@ -32,6 +50,7 @@ RestfulApi = Annotated[bool, typer.Option("--restful-api", hidden=True)]
 
 
 def gradio(
+    ctx: typer.Context,
     url_or_model: UrlOrModel,
     *,
     server_name: ServerName = "127.0.0.1",
@@ -66,21 +85,7 @@ def gradio(
     """A page to chat with a server, or with a model that is loaded here."""
     serve_options.check_tp(tp)
     is_url = url_or_model.startswith(("http://", "https://"))
-    engine = options.given(
-        model_format=model_format,
-        session_len=session_len,
-        max_batch_size=max_batch_size,
-        quant_policy=quant_policy,
-        kv_dtype=kv_dtype,
-        cache_gb=cache_gb,
-        cache_host_gb=cache_host_gb,
-        cache_max_entry_count=cache_max_entry_count,
-    )
-    engine |= {name: value for name, value in (("device", device), ("dtype", dtype)) if value != "auto"}
-    source = chat.Source(url_or_model, chat_template, revision, download_dir)
-    of_model = [*engine, *options.given(chat_template=chat_template, revision=revision, download_dir=download_dir)]
-    of_url = options.given(api_key=api_key, model_name=model_name, restful_api=restful_api or None)
-    _check(is_url, of_model, list(of_url), share=share)
+    _check(ctx, is_url=is_url, share=share)
     sampling = options.given(
         temperature=temperature,
         top_k=top_k,
@@ -90,36 +95,48 @@ def gradio(
         max_new_tokens=max_new_tokens,
     )
     options.generation_config(sampling)
+    engine = options.engine_config(
+        device=device,
+        dtype=dtype,
+        model_format=model_format,
+        session_len=session_len,
+        max_batch_size=max_batch_size,
+        quant_policy=quant_policy,
+        kv_dtype=kv_dtype,
+        cache_gb=cache_gb,
+        cache_host_gb=cache_host_gb,
+        cache_max_entry_count=cache_max_entry_count,
+    )
     if backend is not None:
         options.say_one_engine(backend)
     port = _free_port(server_name, server_port)
     if is_url:
         found, recommended = _connect(url_or_model, api_key, model_name)
-        users = _USERS
     else:
-        settings = options.engine_config(**engine)
-        users = settings.max_batch_size
-        found, recommended = _load(source, settings)
+        found, recommended = _load(chat.Source(url_or_model, chat_template, revision, download_dir), engine)
+    users = _USERS if is_url else engine.max_batch_size
     try:
         _show(found, options.generation_config(sampling, recommended), users, server_name, port)
     finally:
         found.close()
 
 
-def _check(is_url: bool, of_model: list[str], of_url: list[str], *, share: bool) -> None:
+def _check(ctx: typer.Context, *, is_url: bool, share: bool) -> None:
     """Nothing that is given is for nothing."""
     if share:
         raise ConfigError(
             "--share would lead everything through gradio's own servers", "give --server-name 0.0.0.0, or use ssh -L"
         )
-    if is_url and of_model:
-        flag = of_model[0].replace("_", "-")
-        raise ConfigError(f"--{flag} is for a model that is loaded here", "give it to the server, or give a model")
-    # an environment variable with a key is no mistake where a model is loaded
-    named = [name for name in of_url if name != "api_key"]
-    if not is_url and named:
-        flag = named[0].replace("_", "-")
-        raise ConfigError(f"--{flag} is for a server", "give its address instead of the model")
+    for name in _OF_MODEL if is_url else _OF_URL:
+        source = ctx.get_parameter_source(name)
+        # the environment is for other commands as well
+        if source is not None and source.name not in ("DEFAULT", "ENVIRONMENT"):
+            flag = f"--{name.replace('_', '-')}"
+            if is_url:
+                raise ConfigError(
+                    f"{flag} is for a model that is loaded here", "give it to the server, or give a model"
+                )
+            raise ConfigError(f"{flag} is for a server", "give its address instead of the model")
     if find_spec("gradio") is None:
         raise InputError("gradio is not installed", "pip install '.[web]' in lmtool's folder")
 

@@ -8,6 +8,7 @@ from typing import Any, NotRequired
 import msgspec
 from typing_extensions import TypedDict
 
+from lmtool.config import GenerationConfig
 from lmtool.engine.response import Response as Piece
 from lmtool.errors import LmtoolError
 from lmtool.server.chat_reader import ChatReader
@@ -15,7 +16,7 @@ from lmtool.server.errors import body_of
 from lmtool.server.protocol_responses import ResponsesRequest
 from lmtool.server.responses_output import Event, Output
 
-_ECHOED = ("instructions", "max_output_tokens", "previous_response_id", "temperature", "top_p", "user")
+_ECHOED = ("instructions", "max_output_tokens", "previous_response_id", "user")
 _DEFAULTS = {"metadata": {}, "parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "store": True}
 
 
@@ -37,7 +38,7 @@ class ResponseObject(TypedDict):
 class ResponseAnswer:
     """One response on its way. text: as far as it was generated, thought and all."""
 
-    def __init__(self, body: ResponsesRequest, model: str, reader: ChatReader) -> None:
+    def __init__(self, body: ResponsesRequest, model: str, config: GenerationConfig, reader: ChatReader) -> None:
         self.id = f"resp_{uuid.uuid4().hex}"
         self.output = Output()
         self.made = Piece()
@@ -54,6 +55,8 @@ class ResponseAnswer:
             "model": model,
             **{name: said.get(name) for name in _ECHOED},
             **{name: said.get(name, default) for name, default in _DEFAULTS.items()},
+            "temperature": config.temperature,
+            "top_p": config.top_p,
             "text": {"format": said.get("text", {}).get("format", {"type": "text"})},
             "reasoning": {"effort": said.get("reasoning", {}).get("effort"), "summary": None},
             "background": False,

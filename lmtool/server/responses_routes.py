@@ -116,7 +116,7 @@ class ResponsesTurn:
             body,
             plain_messages([*earlier, *new], tokenizer),
             requests(context, [prompt.ids], config, 1, "input"),
-            ResponseAnswer(body, context.config.model_names[0], reader),
+            ResponseAnswer(body, context.config.model_names[0], config, reader),
         )
 
     async def whole(self) -> dict[str, object]:

@@ -6,6 +6,7 @@ hash, or '' where none is asked for) and is found by that one only. Knows neithe
 
 import asyncio
 import contextlib
+import logging
 import secrets
 import sqlite3
 import threading
@@ -17,6 +18,7 @@ from typing import Any
 from lmtool.errors import LmtoolError
 from lmtool.server.errors import Refusal
 
+_log = logging.getLogger(__name__)
 MAX_BYTES = 256 << 20
 _BUSY_S = 10.0  # how long another process may write before that is an error
 _LEASE_S = 10.0  # a turn whose process does not renew it is over
@@ -158,13 +160,17 @@ class SessionStore:
 
     async def _tick(self) -> None:
         """Keep this process's turns, and end those that are to end, as long as there are any."""
-        while self._turns:
-            await asyncio.sleep(_TICK_S)
-            for turn_id in await asyncio.to_thread(self._renew, list(self._turns)):
-                turn = self._turns.get(turn_id)
-                if turn is not None:
-                    turn.cancel()
-        self._ticking = None
+        try:
+            while self._turns:
+                await asyncio.sleep(_TICK_S)
+                for turn_id in await asyncio.to_thread(self._renew, list(self._turns)):
+                    turn = self._turns.get(turn_id)
+                    if turn is not None:
+                        turn.cancel()
+        except LmtoolError as error:  # the next turn tries again
+            _log.error("%s", error)
+        finally:
+            self._ticking = None
 
     def _renew(self, turn_ids: list[str]) -> list[str]:
         """Those of them that are to end."""

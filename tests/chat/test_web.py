@@ -90,6 +90,8 @@ def lmtool(*words: str) -> subprocess.CompletedProcess[str]:
         (("http://127.0.0.1:1", "--share", "True"), "--share would lead"),
         (("http://127.0.0.1:1", "--session-len", "100"), "--session-len is for a model that is loaded here"),
         (("smollm2-135m", "--restful_api", "True"), "--restful-api is for a server"),
+        (("smollm2-135m", "--api-key", "k"), "--api-key is for a server"),
+        (("http://127.0.0.1:1", "--tp", "1"), "--tp is for a model that is loaded here"),
         (("http://127.0.0.1:1", "--server-name", "192.0.2.1"), "192.0.2.1:6006 cannot be listened at"),
         (("http://127.0.0.1:1", "--top-p", "7"), "--top-p is 7"),
     ],

@@ -7,6 +7,7 @@ from typing import Any
 import openai
 import pytest
 
+from lmtool.config import GenerationConfig
 from lmtool.engine.response import Response as Piece
 from lmtool.server.chat_reader import ChatReader
 from lmtool.server.protocol_responses import ResponsesRequest
@@ -39,6 +40,7 @@ def test_an_answer_is_the_chats(server, client) -> None:
     assert (response.status, response.incomplete_details.reason) == ("incomplete", "max_output_tokens")
     assert response.usage.input_tokens == chat.usage.prompt_tokens == len(server.context.tokenizer.chat_ids(messages))
     assert response.usage.output_tokens == 8
+    assert (response.temperature, response.top_p) == (0, 1)
     assert (response.instructions, response.metadata, response.model) == ("Be brief.", {"a": "b"}, "tiny")
 
 
@@ -165,7 +167,7 @@ def test_another_key_does_not_find_it() -> None:
 def answered(*texts: str) -> tuple[ResponseAnswer, list[dict[str, Any]]]:
     """An answer whose text came in these pieces, and its events as they are sent."""
     reader = ChatReader(tools=ToolReader(HERMES, {"add"}))
-    answer = ResponseAnswer(ResponsesRequest(input="x"), "tiny", reader)
+    answer = ResponseAnswer(ResponsesRequest(input="x"), "tiny", GenerationConfig(), reader)
     events = [*map(answer.encoded, answer.begin())]
     for i, text in enumerate(texts):
         over = i == len(texts) - 1
