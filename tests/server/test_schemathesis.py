@@ -116,6 +116,7 @@ def run(operation: Any, mode: GenerationMode, num_cases: int, server: Serving) -
     return statuses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
 @pytest.mark.parametrize("label", WITH_BODY)
 def test_bodies(server, operations, label, mode):
