@@ -1,11 +1,14 @@
 """`/v1/responses`, asked by the real `openai` client."""
 
 import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from openai.types.responses.response_create_params import ResponseCreateParamsBase
 
 from lmtool.config import GenerationConfig
 from lmtool.engine.response import Response as Piece
@@ -144,6 +147,13 @@ def test_what_is_not_there_is_refused_by_name(client, given, param) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         client.responses.create(**{"model": "tiny", "input": "hello"}, extra_body=given)
     assert param is None or refused.value.param == param, refused.value
+
+
+def test_every_field_of_openais_is_known_and_on_the_page() -> None:
+    fields = set(ResponsesRequest.model_fields)
+    assert set(ResponseCreateParamsBase.__annotations__) | {"stream"} == fields
+    page = (Path(__file__).parents[2] / "docs" / "conversations.md").read_text()
+    assert [name for name in fields if not re.search(rf"`{name}[`.]", page)] == []
 
 
 def test_another_model_is_not_found(client) -> None:

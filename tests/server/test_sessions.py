@@ -3,8 +3,10 @@
 import asyncio
 import json
 import random
+import re
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,6 +16,7 @@ from lmtool.engine.response import Response
 from lmtool.server import sessions
 from lmtool.server.dialogue import Dialogue, next_ids
 from lmtool.server.errors import Refusal
+from lmtool.server.protocol_interactive import InteractiveRequest
 from lmtool.server.sessions import SessionStore
 from tests.server.serving import Serving, wait_until
 from tests.server.support import smollm2_tokenizer
@@ -306,6 +309,13 @@ def test_many_at_once_cut_and_cancelled_leave_nothing_behind() -> None:
         assert blocks.num_free == num_free
         say(server, "", 1, interactive_mode=False)
         assert say(server, "hello", 1)["history_tokens"] == 0
+
+
+def test_every_field_is_on_the_page_with_its_default() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "conversations.md").read_text()
+    for name, field in InteractiveRequest.model_fields.items():
+        default = f" {field.default:g}" if type(field.default) in (int, float) and name != "session_id" else ""
+        assert re.search(rf"`{name}`{re.escape(default)}", page), name
 
 
 def test_another_key_does_not_find_a_session() -> None:
