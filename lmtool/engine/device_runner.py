@@ -14,16 +14,16 @@ from lmtool import kernels
 from lmtool.config import GenerationConfig
 from lmtool.engine.batch import Batch, Chunk, Done, Join, Mask, StepOutput
 from lmtool.engine.block_copies import HostCopies
+from lmtool.engine.captured_steps import CapturedSteps
 from lmtool.engine.device_state import DeviceState
 from lmtool.engine.executor import Pending
 from lmtool.engine.extras import LogitExtras
-from lmtool.engine.graphs import Graphs, StartProgress, bucket_sizes
+from lmtool.engine.graphs import StartProgress
 from lmtool.engine.host_memory import HostPlan
 from lmtool.engine.inputs import lay_out
 from lmtool.engine.kv_cache import CachePlan, allocate_cache
 from lmtool.engine.launched import Launched
 from lmtool.engine.prompt_logprobs import Scores, score, scored_rows
-from lmtool.engine.prompt_rows import BUCKETS, MOST_SEQUENCES, MOST_TOKENS, PromptRows
 from lmtool.engine.sequence import Request, Scored
 from lmtool.engine.transfer import upload
 from lmtool.layers.context import AttentionContext
@@ -58,9 +58,7 @@ class DeviceRunner(HostCopies):
         max_blocks = -(-plan.session_len // plan.block_size)
         self._state = DeviceState(max_batch_size, max_batch_size, max_blocks, plan.block_size, self.device)
         self._extras = LogitExtras(config.vocab_size, self.device)
-        self._graphs = Graphs(self._decode_rows, bucket_sizes(max_batch_size))
-        self._prompts = PromptRows(MOST_TOKENS, min(MOST_SEQUENCES, max_batch_size), self.device)
-        self._prompt_graphs = Graphs(self._prompt_rows, BUCKETS)
+        self._steps = CapturedSteps(decoder, self._caches, self._state, max_batch_size=max_batch_size)
 
     def launch(self, batch: Batch) -> Pending:
         with torch.inference_mode(), torch.cuda.device(self._index):
@@ -69,7 +67,9 @@ class DeviceRunner(HostCopies):
                 return Done(StepOutput([]))
             if not batch.chunks:
                 return self._decode(batch)
-            return self._few_prompts(batch) if self._has_graph(batch) else self._mixed(batch)
+            if self._is_plain(batch) and self._steps.has_graph(batch):
+                return Launched.on_its_way(self._steps.with_prompts(batch), batch.sampled_slots)
+            return self._mixed(batch)
 
     @property
     def _index(self) -> int:
@@ -92,74 +92,20 @@ class DeviceRunner(HostCopies):
             self._state.write(*upload(changes, self.device))
         if self._extras.concerns(batch):
             return self._decode_with_extras(batch)
-        return Launched.on_its_way(self._graphs.run(len(slots))[: len(slots)], slots)
-
-    def _decode_rows(self, num_rows: int) -> Tensor:
-        """The step that is captured: ids [num_rows] of the sequences whose slots stand in the first rows."""
-        state = self._state
-        rows = state.rows[:num_rows]
-        hidden, sampling = self._forward_rows(rows)
-        scores = self.decoder.scores(hidden)
-        ids = kernels.sample(scores, *sampling)
-        kernels.advance_(rows, ids, scores, state.longs)
-        return ids
+        return Launched.on_its_way(self._steps.decodes(len(slots)), slots)
 
     def _decode_with_extras(self, batch: Batch) -> Pending:
         """Some row asks for more than a graph holds. Slower: every kernel is launched by itself."""
         state = self._state
         rows = state.rows[: len(batch.decodes)]
-        hidden, sampling = self._forward_rows(rows)
+        hidden, sampling = self._steps.forward_rows(rows)
         return self._sample(hidden, rows, sampling, batch)
 
-    def _forward_rows(self, rows: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        state = self._state
-        step = kernels.step_rows(rows, state.longs, state.words, state.tables, state.block_size)
-        context = AttentionContext(
-            num_decode=len(rows),
-            positions=step.positions,
-            slots=step.slots,
-            seq_lens=step.seq_lens,
-            block_tables=step.tables,
-            seq_slots=rows,
-            plan=kernels.plan_decode(step.seq_lens, self._num_kv_heads, self._window),
-        )
-        return self.decoder.forward(step.ids, context, self._caches), step.sampling
-
-    # ------------------------------------------------------------------ a few short prompts
-    def _has_graph(self, batch: Batch) -> bool:
-        special = self._extras.concerns(batch) or any(c.scored for c in batch.chunks)
-        return self._prompt_graphs.captured and self._prompts.fits(batch) and not special
-
-    def _few_prompts(self, batch: Batch) -> Pending:
-        state, slots = self._state, batch.sampled_slots
-        rows = lay_out(batch, state.host_tables, state.block_size)
-        packed, *changes = upload([self._prompts.packed(rows, slots), *state.changes()], self.device)
-        if changes:
-            state.write(*changes)
-        self._prompts.write(packed)
-        return Launched.on_its_way(self._prompt_graphs.run(len(rows.prompt_ids))[: len(slots)], slots)
-
-    def _prompt_rows(self, num_rows: int) -> Tensor:
-        """The step that is captured: ids of the sequences whose prompts end in it, in their order."""
-        prompts, state = self._prompts, self._state
-        context = AttentionContext(
-            num_decode=0,
-            positions=prompts.positions[:num_rows],
-            slots=prompts.addresses[:num_rows],
-            seq_lens=prompts.seq_lens,
-            block_tables=state.tables.index_select(0, prompts.seq_slots),
-            seq_slots=prompts.seq_slots,
-            cu_seqlens_q=prompts.cu_seqlens,
-            max_seqlen_q=num_rows,
-        )
-        hidden = self.decoder.forward(prompts.ids[:num_rows], context, self._caches, prompts.sampled_rows)
-        step = kernels.step_rows(prompts.sampled_slots, state.longs, state.words, state.tables, state.block_size)
-        scores = self.decoder.scores(hidden)
-        ids = kernels.sample(scores, *step.sampling)
-        kernels.advance_(prompts.sampled_slots, ids, scores, state.longs)
-        return ids
-
     # ------------------------------------------------------------------ prompts, and decodes beside them
+    def _is_plain(self, batch: Batch) -> bool:
+        """Nobody asks for what a graph does not hold."""
+        return not self._extras.concerns(batch) and not any(chunk.scored for chunk in batch.chunks)
+
     def _mixed(self, batch: Batch) -> Pending:
         state = self._state
         num_decodes = len(batch.decodes)
@@ -236,8 +182,7 @@ class DeviceRunner(HostCopies):
         self.launch(_prompt_of(self._longest_chunk(max_batched_tokens), scored=True))
         if cuda_graphs and kernels.is_capturable(self.device, self.decoder.dtype, self.decoder.config.head_dim):
             with torch.inference_mode(), torch.cuda.device(self._index):
-                self._graphs.capture("decode steps", progress)
-                self._prompt_graphs.capture("short prompts", progress)
+                self._steps.capture(progress)
 
     def _longest_chunk(self, max_batched_tokens: int) -> int:
         return min(max_batched_tokens, self.plan.session_len)
@@ -258,8 +203,7 @@ class DeviceRunner(HostCopies):
             for num_rows in (2**i + 1 for i in range(self._state.rows.shape[0].bit_length())):
                 seq_lens = torch.zeros(num_rows, dtype=torch.int32, device=self.device)
                 kernels.plan_decode(seq_lens, self._num_kv_heads, self._window)
-            self._graphs.run_each()
-            self._prompt_graphs.run_each()
+            self._steps.run_each()
 
 
 def _prompt_of(num_tokens: int, *, scored: bool = False, **params: float) -> Batch:

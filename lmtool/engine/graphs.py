@@ -1,8 +1,9 @@
-"""A step as CUDA graphs, one for each number of rows that it is padded to. Knows no model, no scheduling."""
+"""A step as CUDA graphs, one for each size that it is padded to. Knows no model, no scheduling."""
 
 import gc
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -22,20 +23,24 @@ def bucket_sizes(max_rows: int) -> list[int]:
 
 
 class Graphs:
-    """``work(num_rows)`` launches a step's kernels over fixed buffers and returns its ids.
+    """``work(*size)`` launches a step's kernels over fixed buffers and returns its ids.
 
-    Until `capture` is called, and on a CPU, the work is simply done.
+    sizes: for each number of rows that a step has, those that there is a graph for. Until `capture` is called, and on a
+    CPU, the work is simply done.
     """
 
-    def __init__(self, work: Callable[[int], Tensor], sizes: Sequence[int]) -> None:
+    def __init__(self, work: Callable[..., Tensor], *sizes: Sequence[int]) -> None:
         self._work = work
-        self._sizes = list(sizes)
-        self._captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._sizes = [list(one) for one in sizes]
+        self._captured: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def _largest_first(self) -> list[tuple[int, ...]]:
+        return list(product(*(reversed(one) for one in self._sizes)))
 
     def run_each(self) -> None:
         """Every step once, so that nothing is compiled, loaded or created inside a capture or while serving."""
-        for size in reversed(self._sizes):
-            self._work(size)
+        for size in self._largest_first():
+            self._work(*size)
 
     @property
     def captured(self) -> bool:
@@ -49,20 +54,25 @@ class Graphs:
         pool = torch.cuda.graph_pool_handle()
         torch.cuda.synchronize()
         gc.collect()  # destroying an old engine's graph breaks a capture
+        sizes = self._largest_first()
         with no_collection():
-            for i, size in enumerate(reversed(self._sizes)):
+            for i, size in enumerate(sizes):
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                    ids = self._work(size)
+                    ids = self._work(*size)
                 self._captured[size] = (graph, ids)
                 if progress is not None:
-                    progress(f"capturing {what}", i + 1, len(self._sizes))
+                    progress(f"capturing {what}", i + 1, len(sizes))
 
-    def run(self, num_rows: int) -> Tensor:
+    def size_of(self, *counts: int) -> tuple[int, ...]:
+        """What a step of so many rows is padded to."""
+        return tuple(one[bisect_left(one, count)] for one, count in zip(self._sizes, counts, strict=True))
+
+    def run(self, *counts: int) -> Tensor:
         """The ids of all rows that there may be, valid until the next run."""
-        size = self._sizes[bisect_left(self._sizes, num_rows)]
+        size = self.size_of(*counts)
         if size not in self._captured:
-            return self._work(size)
+            return self._work(*size)
         graph, ids = self._captured[size]
         graph.replay()
         return ids

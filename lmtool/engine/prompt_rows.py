@@ -1,4 +1,4 @@
-"""What a step of a few short prompts reads, at fixed places: so that the whole step can be a captured graph.
+"""What a step reads of a few short prompts, at fixed places: so that the whole step can be a captured graph.
 
 Between buckets the rows are padding: they belong to no sequence, read nothing and write to block 0. Knows no model.
 """
@@ -9,10 +9,6 @@ from torch import Tensor
 
 from lmtool.engine.batch import Batch
 from lmtool.engine.inputs import MixedRows
-
-MOST_TOKENS = 512  # beyond, a GPU works longer on a step than the host takes to launch its kernels
-MOST_SEQUENCES = 4
-BUCKETS = (16, 32, 64, 128, 192, 256, 384, MOST_TOKENS)  # tokens that a step is padded to
 
 
 class PromptRows:
@@ -36,9 +32,9 @@ class PromptRows:
         self.sampled_slots.fill_(-1)
 
     def fits(self, batch: Batch) -> bool:
-        """Prompts alone, few and short."""
-        short = batch.num_tokens <= self._tokens and len(batch.chunks) <= self._sequences
-        return short and bool(batch.chunks) and not batch.decodes
+        """Whether its prompts are few and short."""
+        num_tokens = sum(len(chunk.token_ids) for chunk in batch.chunks)
+        return 0 < num_tokens <= self._tokens and len(batch.chunks) <= self._sequences
 
     def packed(self, rows: MixedRows, sampled_slots: list[int]) -> np.ndarray:
         """All of it as int32 words, to be sent at once; what is beyond is padding."""

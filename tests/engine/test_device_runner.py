@@ -4,7 +4,7 @@ Whatever shares a step, and however late a step is read, each answer is what it 
 `test_graphs` has the same on a GPU.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,9 +17,8 @@ from lmtool.engine.core import EngineCore
 from lmtool.engine.device_runner import DeviceRunner
 from lmtool.engine.device_state import DeviceState
 from lmtool.engine.executor import LocalExecutor
-from lmtool.engine.graphs import bucket_sizes
+from lmtool.engine.graphs import Graphs, bucket_sizes
 from lmtool.engine.kv_cache import BLOCK_SIZE, outline_plan
-from lmtool.engine.prompt_rows import BUCKETS
 from lmtool.engine.scheduler import Scheduler
 from lmtool.engine.sequence import Request
 from lmtool.engine.transfer import upload
@@ -64,14 +63,14 @@ class Late(DeviceRunner):
 class Captured(dict):  # type: ignore[type-arg]
     """Graphs that do their work when they are replayed: a CPU's."""
 
-    def __init__(self, work: Callable[[int], torch.Tensor]) -> None:
-        super().__init__(dict.fromkeys(BUCKETS))
-        self._work = work
-        self.sizes: list[int] = []
+    def __init__(self, graphs: Graphs) -> None:
+        super().__init__(dict.fromkeys(graphs._largest_first()))
+        self._work = graphs._work
+        self.sizes: list[tuple[int, ...]] = []
 
-    def __getitem__(self, size: int) -> tuple["Captured", torch.Tensor]:
+    def __getitem__(self, size: tuple[int, ...]) -> tuple["Captured", torch.Tensor]:
         self.sizes.append(size)
-        return self, self._work(size)
+        return self, self._work(*size)
 
     def replay(self) -> None:
         """It is done."""
@@ -89,7 +88,8 @@ def device_core(
     scheduler = Scheduler(blocks, max_batch_size=given["batch"], max_batched_tokens=given["budget"], join_group=2)
     runner = kind(decoder, plan, max_batch_size=given["batch"])
     if given["padded"]:  # as if it had been captured
-        runner._prompt_graphs._captured = Captured(runner._prompt_graphs._work)
+        for graphs in (runner._steps.of_prompts, runner._steps.of_both):
+            graphs._captured = Captured(graphs)
     return EngineCore(scheduler, LocalExecutor(runner), session_len=plan.session_len)
 
 
@@ -173,13 +173,30 @@ def test_answers_are_those_of_the_plain_path(kind, settings, decoder, alone) -> 
 
 def test_short_prompts_take_the_smallest_bucket_and_special_ones_none(decoder: Decoder) -> None:
     core = device_core(decoder, padded=1, batch=1, prefix=0)
-    graphs = core._executor._runner._prompt_graphs  # type: ignore[attr-defined]
+    graphs = core._executor._runner._steps.of_prompts  # type: ignore[attr-defined]
     lengths = (1, 16, 17, 200, 300)
     for number, length in enumerate(lengths):
         run_all(core, [request(number, [3] * length, max_new_tokens=2)])
-    assert graphs._captured.sizes == [16, 16, 32, 256, 384]
+    assert graphs._captured.sizes == [(16,), (16,), (32,), (256,), (384,)]
     run_all(core, [request(9, [3] * 5, max_new_tokens=2, repetition_penalty=1.3)])
     assert len(graphs._captured.sizes) == len(lengths)
+
+
+def test_decodes_beside_short_prompts_are_padded_in_both_numbers(decoder: Decoder) -> None:
+    core = device_core(decoder, padded=1, batch=20, prefix=0)
+    graphs = core._executor._runner._steps.of_both  # type: ignore[attr-defined]
+    prompts = {i: [3 + i] * length for i, length in enumerate((5, 40, 100, 300))}
+    requests = [request(i, prompt, max_new_tokens=12) for i, prompt in prompts.items()]
+    answers: dict[int, list[int]] = {one.request_id: [] for one in requests}
+    for one in requests:  # each begins while those before it go on
+        core.add(one)
+        collect(core.step(), answers)
+    while core.has_work:
+        collect(core.step(), answers)
+    assert graphs._captured.sizes == [(16, 64), (16, 128), (16, 512)]
+    check_equal(
+        {r.request_id: run_all(tiny_core(decoder), [r])[r.request_id] for r in requests}, answers, decoder, prompts
+    )
 
 
 @pytest.mark.parametrize("requests", [SAMPLED, SPECIAL, SAMPLED + [replace(r, request_id=9) for r in SPECIAL[1:2]]])
