@@ -144,7 +144,8 @@ class EngineCore:
         if not self._constrained:
             return []
         if self._grammars is not None:
-            heard = [self._constrained[one] for one in self._grammars.poll(wait_s) if one in self._constrained]
+            news = self._grammars.poll(wait_s) if wait_s else self._grammars.gather()
+            heard = [self._constrained[one] for one in news if one in self._constrained]
             self.scheduler.add_first(self._held.let_go(heard))
         failed = [(one.error, sequence) for one, sequence in self._constrained.items() if one.error is not None]
         for _, sequence in failed:

@@ -38,7 +38,7 @@ class GrammarLimits:
     step_s: float = 2.0
     memory_bytes: int = 512 << 20
     num_processes: int = 32
-    num_answers: int = 16
+    num_answers: int = 8
 
 
 class GrammarProcess:
@@ -79,6 +79,10 @@ class GrammarProcess:
     @property
     def is_awaited(self) -> bool:
         return bool(self._awaited)
+
+    def tells_soon(self, within_s: float) -> bool:
+        """What may follow a token is asked, and has not been for longer than this."""
+        return bool(self._awaited) and self._awaited[0] == "step" and time.monotonic() - self._since < within_s
 
     def receive(self) -> list[Constraint]:
         """Take in what has come: whose state it changed. Raises LmtoolError where that is the end of them all."""

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -21,6 +22,7 @@ from lmtool.engine.grammar_source import GrammarSource
 from lmtool.errors import EngineError, LmtoolError, RequestError
 
 _log = logging.getLogger(__name__)
+_GATHER_S = 0.005  # a step of a GPU; a dozen answers of one process
 _SEND_S = 0.5  # a process reads on a thread of its own: one that does not is gone
 
 
@@ -47,6 +49,16 @@ class Grammars:
             self._waiting.remove(constraint)
         elif isinstance(constraint.follower, GrammarProcess):
             constraint.follower.close(constraint)
+
+    def gather(self) -> list[Constraint]:
+        """As `poll`, but what is told at any moment is waited for: answers that go on together are one step, not many.
+
+        One that takes longer is not waited for again until it has told.
+        """
+        news, until = self.poll(), time.monotonic() + _GATHER_S
+        while (left := until - time.monotonic()) > 0 and any(one.tells_soon(_GATHER_S) for one in self._processes):
+            news += self.poll(left)
+        return news
 
     def poll(self, wait_s: float = 0.0) -> list[Constraint]:
         """Those that may go on now, or cannot. wait_s: how long nothing may come before this returns."""

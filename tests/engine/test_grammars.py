@@ -278,6 +278,20 @@ def test_grammars_are_kept_while_there_is_room_and_wait_where_there_is_none() ->
     grammars.close()
 
 
+def test_answers_that_go_on_together_are_heard_of_together() -> None:
+    grammars = Grammars(lambda: VOCABULARY)
+    answers = [grammars.follow(GrammarSource("regex", "[ab]*")) for _ in range(3)]
+    heard(grammars, *answers)
+    together = 0
+    for _ in range(100):
+        for one in answers:
+            one.advance(ord("a"))
+        together += len(grammars.gather()) == 3
+        heard(grammars, *answers)
+    assert together > 0
+    grammars.close()
+
+
 def test_many_answers_of_one_grammar_are_spread_over_processes_while_there_is_room() -> None:
     grammars = Grammars(lambda: VOCABULARY, GrammarLimits(num_processes=2, num_answers=3))
     answers = [grammars.follow(DIGITS) for _ in range(10)]
