@@ -223,7 +223,9 @@ class GenerationConfig:
         check(self.min_new_tokens >= 0, "min_new_tokens", "0 or more")
         if self.max_new_tokens is not None:
             check(self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", "at most --max-new-tokens")
-        check(finite("temperature") and 0 <= self.temperature <= 100, "temperature", "0 (greedy) to 100")
+        # what is nearly 0 makes numbers of logits that are none
+        usable = self.temperature == 0 or 1e-6 <= self.temperature <= 100
+        check(usable, "temperature", "0 (greedy), or a millionth to 100")
         check(self.top_k >= 0, "top_k", "0 (off) or more")
         check(0 < self.top_p <= 1, "top_p", "a number above 0, at most 1 (off)")
         check(0 <= self.min_p <= 1, "min_p", "a number from 0 (off) to 1")

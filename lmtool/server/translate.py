@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from lmtool.config import GenerationConfig
 from lmtool.engine.sequence import Request
-from lmtool.errors import InputError, RequestError
+from lmtool.errors import RequestError
 from lmtool.server.context import ServerContext
 from lmtool.server.errors import Refusal
 from lmtool.server.protocol import Generation
@@ -157,7 +157,3 @@ def _check_prompt(ids: Sequence[int], session_len: int, vocab_size: int, param: 
 def _with_seed(config: GenerationConfig, choice: int) -> GenerationConfig:
     """Choices with one seed would all be the same."""
     return config if config.seed is None else replace(config, seed=(config.seed + choice) % 2**63)
-
-
-def as_refusal(error: InputError, param: str) -> Refusal:
-    return Refusal(400, error.cause, error.fix, param=param)

@@ -59,7 +59,7 @@ def test_both_spellings_of_a_command_and_of_a_flag(capsys: pytest.CaptureFixture
         ("chat --seed x", "Invalid value for '--seed'"),
         ("chat a b", "unexpected extra argument"),
         ("chat --model", "No such option: --model"),
-        ("chat --temperature -1", "--temperature is -1.0; give 0 (greedy) to 100"),
+        ("chat --temperature -1", "--temperature is -1.0; give 0 (greedy), or a millionth to 100"),
         ("chat --temperature nan", "--temperature is nan"),
         ("chat --top-p 0", "--top-p is 0.0; give a number above 0"),
         ("chat --dtype int3", "--dtype is 'int3'; give one of auto"),

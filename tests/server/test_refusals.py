@@ -41,6 +41,7 @@ def refused(serving: Serving, path: str, body, status: int = 400):
         ({"temperature": "warm"}, "temperature", 'temperature is "warm"; give a number'),
         ({"temperature": -1}, "temperature", "at least 0"),
         ({"temperature": True}, "temperature", "give a number"),
+        ({"temperature": 1e-40}, "temperature", "0 (greedy), or a millionth to 100"),
         ({"top_p": 0}, "top_p", "more than 0"),
         ({"stop": 5}, "stop", "give a text or a list"),
         ({"stop": ["a", 1]}, "stop[1]", "give a text"),
