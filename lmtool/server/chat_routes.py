@@ -1,6 +1,7 @@
 """`/v1/chat/completions`."""
 
 from collections.abc import AsyncGenerator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -19,6 +20,7 @@ from lmtool.server.protocol_chat import ChatRequest
 from lmtool.server.refusals import json_response
 from lmtool.server.sse import EventStream
 from lmtool.server.template_options import template_options
+from lmtool.server.thought_form import after_thought
 from lmtool.server.tools import ToolUse, prepare
 from lmtool.server.translate import check_model, check_stream, generation, requests
 
@@ -47,6 +49,8 @@ async def _prepared(context: ServerContext, body: ChatRequest) -> tuple[list[Eng
     use = prepare(body.tools, body.tool_choice, body.parallel_tool_calls, tokenizer)
     config = generation(context, body, **_given(body, use))
     prompt = await chat_prompt(tokenizer, body.messages, options, tool_use=use)
+    if prompt.opens_thought:
+        config = replace(config, response_format=after_thought(config.response_format))
     num_choices = body.n or 1
     asked = requests(context, [prompt.ids], config, num_choices, "messages")
     readers = [

@@ -6,7 +6,7 @@ the API key that asked. An answer that failed, or whose client went away, is not
 
 import contextlib
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 from fastapi import APIRouter, Request, Response
@@ -31,6 +31,7 @@ from lmtool.server.responses_answer import ResponseAnswer, ResponseObject
 from lmtool.server.responses_input import messages_of, response_format_of, tool_choice_of, tools_of
 from lmtool.server.sse import EventStream
 from lmtool.server.template_options import template_options
+from lmtool.server.thought_form import after_thought
 from lmtool.server.tools import ToolUse, prepare
 from lmtool.server.translate import check_model, generation, off_the_loop, requests
 
@@ -109,6 +110,8 @@ class ResponsesTurn:
             raise _of_input(error) from error
         settings = Generation(temperature=body.temperature, top_p=body.top_p)
         config = generation(context, settings, max_new_tokens=body.max_output_tokens, **_held(body, use))
+        if prompt.opens_thought:
+            config = replace(config, response_format=after_thought(config.response_format))
         reader = ChatReader(opens_thought=prompt.opens_thought, tools=use.reader() if use else None)
         return cls(
             context,

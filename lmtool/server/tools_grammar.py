@@ -11,7 +11,7 @@ from lmtool.tokenizer import Tokenizer
 Grammar = dict[str, Any]
 _ANY_OBJECT = {"type": "object", "additionalProperties": True}
 _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
-_MOST_WHITESPACE = 20  # in a row: a model that is not sure would go on with it
+MOST_WHITESPACE = 20  # in a row: a model that is not sure would go on with it
 
 
 def tool_grammar(
@@ -48,7 +48,7 @@ def tool_grammar(
 def _call(function: Mapping[str, Any], form: ToolFormat) -> Grammar:
     schema = _ANY_OBJECT if function.get("strict") is False else function.get("parameters") or _NO_ARGUMENTS
     begin = f'{{"name": {json.dumps(function["name"])}, "{form.arguments}": '
-    arguments = {"type": "json_schema", "json_schema": schema, "max_whitespace_cnt": _MOST_WHITESPACE}
+    arguments = {"type": "json_schema", "json_schema": schema, "max_whitespace_cnt": MOST_WHITESPACE}
     return _sequence(_text(begin), arguments, _text("}"))
 
 
