@@ -4,6 +4,7 @@ Launched kernel by kernel a step costs the host half a millisecond a layer, what
 do than that, a graph is what makes it fast. Knows no queue, and nothing that only some requests ask for.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,7 +40,7 @@ class CapturedSteps:
         self._window, self._num_kv_heads = config.sliding_window, config.num_kv_heads
         self._prompts = PromptRows(PROMPT_SIZES[-1], min(MOST_PROMPTS, max_batch_size), decoder.device)
         self._beside = PromptRows(BESIDE_SIZES[-1], min(MOST_BESIDE, max_batch_size), decoder.device)
-        self._every_row = torch.arange(max_batch_size, device=decoder.device)
+        self._every_row = torch.from_numpy(np.arange(max_batch_size)).to(decoder.device)
         self.of_decodes = Graphs(self._decode_rows, bucket_sizes(max_batch_size))
         self.of_prompts = Graphs(self._prompt_rows, PROMPT_SIZES)
         # where one sequence runs at a time nothing is ever beside it
@@ -91,20 +92,22 @@ class CapturedSteps:
     def with_prompts(self, batch: Batch) -> Tensor:
         """Of the batch's `sampled_slots`; sends what the step reads. ``has_graph`` said that it fits."""
         state, (graphs, prompts) = self._state, self._of(batch)
-        num_decodes = len(batch.decodes)
+        num_decodes, sampled_slots = len(batch.decodes), batch.sampled_slots
+        rows = lay_out(Batch(chunks=batch.chunks), state.host_tables, state.block_size)
+        counts = (num_decodes, len(rows.prompt_ids)) if num_decodes else (len(rows.prompt_ids),)
+        first = 0  # of the rows of prompts; before them are decodes, some of them padding
         if num_decodes:
             state.set_rows(batch.decodes)
-        rows = lay_out(Batch(chunks=batch.chunks), state.host_tables, state.block_size)
-        sampled_slots = batch.sampled_slots[num_decodes:]
-        packed, *changes = upload([prompts.packed(rows, sampled_slots), *state.changes()], self._decoder.device)
+            first = graphs.size_of(*counts)[0]
+            rows.sampled_rows += first
+        packed = prompts.packed(rows, sampled_slots[num_decodes:])
+        there, *changes = upload([packed, *state.changes()], self._decoder.device)
         if changes:
             state.write(*changes)
-        prompts.write(packed)
-        if not num_decodes:
-            return graphs.run(len(rows.prompt_ids))[: len(sampled_slots)]
-        ids = graphs.run(num_decodes, len(rows.prompt_ids))
-        first, _ = graphs.size_of(num_decodes, len(rows.prompt_ids))  # rows of decodes, some of them padding
-        return torch.cat((ids[:num_decodes], ids[first : first + len(sampled_slots)]))
+        prompts.write(there)
+        ids = graphs.run(*counts)
+        of_prompts = ids[first : first + len(sampled_slots) - num_decodes]
+        return torch.cat((ids[:num_decodes], of_prompts)) if num_decodes else of_prompts
 
     def _of(self, batch: Batch) -> tuple[Graphs, PromptRows]:
         return (self.of_both, self._beside) if batch.decodes else (self.of_prompts, self._prompts)
@@ -143,7 +146,7 @@ class CapturedSteps:
             plan=kernels.plan_decode(step.seq_lens, self._num_kv_heads, self._window),
         )
         ids = torch.cat((step.ids, prompts.ids[:num_tokens]))
-        wanted = torch.cat((self._every_row[:num_decodes], prompts.sampled_rows + num_decodes))
+        wanted = torch.cat((self._every_row[:num_decodes], prompts.sampled_rows))
         hidden = self._decoder.forward(ids, context, self._caches, wanted)
         slots = torch.cat((rows, prompts.sampled_slots))
         return self._choose(hidden, slots, self._step_rows(slots).sampling)

@@ -97,6 +97,7 @@ class _ShapesOnly(TorchFunctionMode):
         torch.empty_like: _meta_like,
         torch.ones_like: _meta_like,
         Tensor.clamp_min: _meta_like,
+        torch.cat: lambda parts: _meta(parts[0], (sum(map(len, parts)), *parts[0].shape[1:])),
         torch.nn.functional.embedding: lambda ids, table, **_: _meta(table, (*ids.shape, table.shape[1])),
         torch.nn.functional.linear: lambda x, weight, bias=None: _meta(x, (*x.shape[:-1], weight.shape[0])),
     }
