@@ -1,7 +1,10 @@
-"""Who is let in: one of the server's keys, on every path but those that say how it is."""
+"""Who is let in: who has one of the server's keys, or, where there are none, who means this machine. On every path but
+those that say how the server is.
+"""
 
 import hashlib
 import hmac
+import ipaddress
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers
@@ -38,3 +41,32 @@ class Keys:
 
 def _hash(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
+
+
+class OwnNames:
+    """For a server without keys that only this machine reaches: a page in its browser must not come in by a name of the
+    page's own that leads here (DNS rebinding).
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan" or scope["path"] in _OPEN or is_own_name(Headers(scope=scope).get("host", "")):
+            await self._app(scope, receive, send)
+            return
+        fix = "ask 127.0.0.1 or localhost, or start the server with --api-keys"
+        await refusal_response(Refusal(403, "this server has another name", fix))(scope, receive, send)
+
+
+def is_own_name(host: str) -> bool:
+    """'localhost:23333', '127.0.0.1', '[::1]:80': an address, or a name that leads nowhere else."""
+    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() and not host.endswith("]") else host
+    name = name.removeprefix("[").removesuffix("]").lower()
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True

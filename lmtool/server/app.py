@@ -7,7 +7,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from lmtool import __version__
 from lmtool.errors import LmtoolError
-from lmtool.server.access import Keys
+from lmtool.server.access import Keys, OwnNames
 from lmtool.server.chat_routes import chat_router
 from lmtool.server.completion_routes import completion_router
 from lmtool.server.context import ServerContext
@@ -46,6 +46,8 @@ def create_app(context: ServerContext) -> FastAPI:
     # the last one added is the first one asked; a browser's question before the request carries no key
     if config.api_keys:
         app.add_middleware(Keys, keys=config.api_keys)
+    elif not config.is_public:
+        app.add_middleware(OwnNames)
     if config.allow_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -58,6 +58,23 @@ def test_no_spelling_of_a_path_is_a_way_in(locked, target):
     assert answer.split(b" ")[1] in (b"401", b"400"), answer
 
 
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:23333", "localhost.evil.example", "", "1.2.3.4.evil"])
+def test_a_page_cannot_come_in_by_a_name_of_its_own(serving, locked, host):
+    with serving.http() as client:
+        refused = client.post("/v1/completions", json=ASK, headers={"Host": host})
+        assert (refused.status_code, refused.json()["error"]["type"]) == (403, "permission_error")
+        assert client.get("/health", headers={"Host": host}).status_code == 200
+    with locked.http() as client:  # who has a key does not come from a page
+        headers = {"Host": host, "Authorization": "Bearer first"}
+        assert client.post("/v1/completions", json=ASK, headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:80", "127.0.0.1:23333", "[::1]:80", "[::1]", "a.localhost:1"])
+def test_names_of_this_machine(serving, host):
+    with serving.http() as client:
+        assert client.get("/version", headers={"Host": host}).status_code == 200
+
+
 def test_pages_elsewhere_only_where_it_was_said(locked, serving):
     asked = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}
     with locked.http() as client:

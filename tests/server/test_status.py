@@ -51,7 +51,7 @@ def asked(context: ServerContext, path: str, method: str = "GET", **settings):
     transport = httpx.ASGITransport(create_app(context))
 
     async def ask():
-        async with httpx.AsyncClient(transport=transport, base_url="http://lmtool") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await client.request(method, path, **settings)
 
     import asyncio
