@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from lmtool.engine.grammar_schema import check_schema
 from lmtool.errors import RequestError
 
 MAX_BYTES = 128 * 1024
@@ -62,7 +63,10 @@ def _schema(content: Any) -> GrammarSource:
         _refuse(f"json_schema.schema is {_kind_of(schema)}", "give a JSON schema, an object")
     if strict is not None and not isinstance(strict, bool):
         _refuse(f"json_schema.strict is {_kind_of(strict)}", "give true or false")
-    return GrammarSource("schema", _json(schema), closed=strict is not False)
+    text = _json(schema)
+    if strict is not False:
+        check_schema(schema)
+    return GrammarSource("schema", text, closed=strict is not False)
 
 
 def _tag(content: Any) -> GrammarSource:

@@ -77,6 +77,49 @@ def test_what_is_refused_by_name(given: dict[str, Any], message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+INTEGER = {"type": "integer"}
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        (
+            {"type": "array", "items": INTEGER, "uniqueItems": True},
+            "uniqueItems cannot be promised; leave uniqueItems out",
+        ),
+        ({"type": "array", "contains": {"const": 5}}, "contains cannot be promised"),
+        ({"type": "integer", "not": {"const": 3}}, "not cannot be promised"),
+        ({"if": {"const": 3}, "then": {"const": 4}}, "if cannot be promised"),
+        ({"properties": {"a": {"dependentRequired": {"a": ["b"]}}}}, "dependentRequired cannot be promised"),
+        ({"$ref": "http://example.com/x.json"}, "is not in the schema; give its content under"),
+        ({"type": "string", "pattern": "a*", "maxLength": 3}, "pattern and a length cannot be promised together"),
+        ({"allOf": [INTEGER, {"minimum": 3}]}, "allOf of several schemas"),
+        ({"$ref": "#/$defs/a", "minimum": 5, "$defs": {"a": INTEGER}}, r"minimum beside \$ref cannot be promised"),
+        ({"type": "object", "anyOf": [{"required": []}]}, "type beside anyOf cannot be promised"),
+        ({"items": {"anyOf": [{"required": ["z"]}]}}, "'z' is required and no property; add it to properties"),
+        ({"prefixItems": [{"additionalProperties": {"not": {}}}]}, "not cannot be promised"),
+    ],
+)
+def test_what_a_grammar_cannot_promise_is_refused_unless_it_need_not(schema: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message) as caught:
+        grammar_source(with_schema(schema))
+    assert str(caught.value).endswith("or give strict: false")
+    loose = grammar_source(with_schema(schema, strict=False))
+    assert loose is not None
+    assert not loose.closed
+
+
+def test_names_and_values_are_no_keywords() -> None:
+    schema = {
+        "type": "object",
+        "title": "if",
+        "properties": {"not": INTEGER, "contains": {"enum": [{"uniqueItems": True}]}, "if": {"uniqueItems": False}},
+        "required": ["not", "if"],
+        "$defs": {"required": {"description": "of no use", "$ref": "#/properties/not"}},
+    }
+    assert grammar_source(with_schema(schema)) is not None
+
+
 def test_the_bounds_themselves_are_allowed() -> None:
     assert grammar_source(with_schema(deep(MAX_DEPTH - 1))) is not None
     assert grammar_source(with_schema({"properties": {f"p{i}": {} for i in range(MAX_PROPERTIES)}})) is not None
