@@ -6,9 +6,10 @@ EngineError      503: the engine is away or failed; asking again may help
 anything else    500
 """
 
+import re
 from typing import Any
 
-from lmtool.errors import EngineError, InputError, LmtoolError
+from lmtool.errors import EngineError, InputError, LmtoolError, RequestError
 
 _TYPES = {
     401: "authentication_error",
@@ -53,8 +54,14 @@ def body_of(error: LmtoolError) -> dict[str, Any]:
     """OpenAI's error object."""
     status = status_of(error)
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    param, code = (error.param, error.code) if isinstance(error, Refusal) else (None, None)
+    param, code = (error.param, error.code) if isinstance(error, Refusal) else (_field(error), None)
     return {"error": {"message": str(error), "type": kind, "param": param, "code": code}}
+
+
+def _field(error: LmtoolError) -> str | None:
+    """What the engine refuses begins with the field's name: 'response_format: …'."""
+    found = re.match(r"([a-z_]+): ", error.cause) if isinstance(error, RequestError) else None
+    return found[1] if found else None
 
 
 def headers_of(error: LmtoolError) -> dict[str, str]:

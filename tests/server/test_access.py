@@ -1,12 +1,22 @@
 """Who is let in, how much is read, and what is told of a request."""
 
+import asyncio
+import json
 import socket
+from pathlib import Path
 
+import httpx
 import openai
 import pytest
 
+from lmtool.server.app import create_app
+from lmtool.server.config import ServerConfig
+from lmtool.server.context import ServerContext
+from lmtool.server.engine_client import EngineClient
 from lmtool.server.envelope import escaped
+from lmtool.server.sse import EventStream
 from tests.server.serving import Serving
+from tests.server.support import smollm2_tokenizer
 
 ASK = {"prompt": "a", "max_tokens": 1}
 
@@ -125,3 +135,46 @@ def test_too_many_are_told_to_come_back():
             client.completions.create(model="tiny", prompt="e", max_tokens=1)
         assert refused.value.response.headers["retry-after"] == "1"
         stream.close()
+
+
+def broken(path: str) -> httpx.Response:
+    """What the application says where something of ours breaks, without a server."""
+    context = ServerContext(ServerConfig(), EngineClient(Path("/nowhere")), smollm2_tokenizer())
+    app = create_app(context)
+
+    @app.get("/at-once")
+    async def at_once() -> None:
+        raise ZeroDivisionError("a secret")
+
+    async def events():
+        yield b"data: {}\n\n"
+        raise ZeroDivisionError("a secret")
+
+    @app.get("/later")
+    async def later() -> EventStream:
+        return EventStream(events())
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return await client.get(path, headers={"X-Request-Id": "mine"})
+
+    return asyncio.run(ask())
+
+
+def test_what_breaks_is_told_and_logged_but_not_what_it_was(caplog):
+    response = broken("/at-once")
+    assert (response.status_code, response.headers["x-request-id"]) == (500, "mine")
+    error = response.json()["error"]
+    assert (error["type"], error["message"]) == ("server_error", "the server failed; its log says more about mine")
+    assert "a secret" in caplog.text
+
+
+def test_a_stream_that_breaks_ends_with_an_error(caplog):
+    response = broken("/later")
+    assert response.status_code == 200
+    first, last, rest = response.text.split("\n\n")
+    assert (first, rest) == ("data: {}", "")
+    assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
+    assert "a secret" not in response.text
+    assert "a secret" in caplog.text

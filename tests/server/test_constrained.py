@@ -112,8 +112,9 @@ def test_text_is_no_form(server):
 )
 @pytest.mark.parametrize("stream", [False, True])
 def test_forms_that_are_none(server, form, said, stream):
-    with pytest.raises(openai.BadRequestError, match=said):
+    with pytest.raises(openai.BadRequestError, match=said) as refused:
         ask(server, form, stream=stream)
+    assert refused.value.param == "response_format"
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
