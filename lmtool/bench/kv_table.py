@@ -3,9 +3,7 @@ both, and through transformers: memory and tokens a second. Each row is a proces
 """
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from lmtool.bench import outputs
 from lmtool.bench.kv_row import Row, Seen
 from lmtool.bench.report import make_console
 from lmtool.bench.tables import make_table, number
+from lmtool.child import module_command, module_environment
 from lmtool.errors import ConfigError, LmtoolError
 
 ENGINE, W4, KV, BOTH, PEER = "engine", "+ W4A16", "+ KV int8", "+ both", "transformers"
@@ -83,11 +82,11 @@ def run(wanted: Sequence[Row], progress: Callable[[str], None]) -> tuple[list[Se
 def _in_a_process(row: Row, progress: Callable[[str], None]) -> Seen:
     progress(row.name)
     done = subprocess.run(
-        [sys.executable, "-m", "lmtool.bench.kv_row"],
+        module_command("lmtool.bench.kv_row"),
         input=json.dumps(asdict(row)),
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        env=module_environment(),
         check=False,
     )
     try:

@@ -7,7 +7,6 @@ import asyncio
 import dataclasses
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from lmtool.bench.online_figures import Outcome, result
 from lmtool.bench.online_worker import Share, send_all
 from lmtool.bench.report import Report, make_console, make_report, show
 from lmtool.bench.workloads import Workload
+from lmtool.child import module_command, module_environment
 from lmtool.errors import ConfigError, LmtoolError
 
 # common words, nearly all of them one token in any vocabulary of today
@@ -188,9 +188,12 @@ class Session:
 
     async def _run_client(self, share: Share) -> None:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "lmtool.bench.online_worker",
-            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=_LONGEST_LINE,
-        )  # fmt: skip
+            *module_command("lmtool.bench.online_worker"),
+            env=module_environment(),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            limit=_LONGEST_LINE,
+        )
         assert process.stdin is not None
         assert process.stdout is not None
         try:

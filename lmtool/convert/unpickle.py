@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
@@ -18,6 +17,7 @@ from torch import Tensor
 from lmtool.checkpoint.manifest import PICKLE_SUFFIXES
 from lmtool.checkpoint.tensor_file import TensorFile
 from lmtool.checkpoint.workspace import check_tensor_name
+from lmtool.child import module_command, module_environment
 from lmtool.convert.place import temporary_folder
 from lmtool.convert.progress import Progress
 from lmtool.errors import CheckpointError, DeviceError, InputError
@@ -67,9 +67,9 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     read_end, write_end = os.pipe()
     with file.open("rb") as source, os.fdopen(read_end, "rb") as pipe:
         child = subprocess.Popen(
-            [sys.executable, "-m", "lmtool.convert.unpickle_child", str(source.fileno()), str(write_end)],
+            [*module_command("lmtool.convert.unpickle_child"), str(source.fileno()), str(write_end)],
             pass_fds=(source.fileno(), write_end),
-            env={"PATH": os.defpath, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+            env={"PATH": os.defpath, "PYTHONPATH": module_environment()["PYTHONPATH"], "OMP_NUM_THREADS": "1"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

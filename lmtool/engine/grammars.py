@@ -9,12 +9,12 @@ import logging
 import select
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 
+from lmtool.child import module_command, module_environment
 from lmtool.engine.constraint import Constraint
 from lmtool.engine.grammar_frames import GrammarVocabulary, frame
 from lmtool.engine.grammar_process import GrammarLimits, GrammarProcess
@@ -169,7 +169,8 @@ class _Worker:
             ours, theirs = socket.socketpair()
             with theirs:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "lmtool.engine.grammar_worker", str(theirs.fileno())],
+                    [*module_command("lmtool.engine.grammar_worker"), str(theirs.fileno())],
+                    env=module_environment(),
                     pass_fds=(theirs.fileno(),),
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,

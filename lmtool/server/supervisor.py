@@ -11,7 +11,6 @@ import os
 import shutil
 import signal
 import socket
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from typing import Any
 import msgspec
 
 from lmtool import log
+from lmtool.child import module_command, module_environment
 from lmtool.errors import ConfigError, EngineError
 from lmtool.server.config import ServerConfig
 from lmtool.server.engine_client import EngineClient
@@ -227,7 +227,10 @@ class _Run:
     # ------------------------------------------------------------------ processes
     async def _start(self, module: str, fd: int, orders: bytes) -> asyncio.subprocess.Process:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", f"lmtool.server.{module}", stdin=asyncio.subprocess.PIPE, pass_fds=(fd,)
+            *module_command(f"lmtool.server.{module}"),
+            env=module_environment(),
+            stdin=asyncio.subprocess.PIPE,
+            pass_fds=(fd,),
         )
         assert process.stdin is not None
         process.stdin.write(orders + b"\n")

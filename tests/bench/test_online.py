@@ -140,7 +140,7 @@ def test_several_client_processes_send_what_one_would(tmp_path: Path) -> None:
 
 
 def test_a_client_process_that_dies_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(online.sys, "executable", "/bin/false")
+    monkeypatch.setattr(online, "module_command", lambda name: ["/bin/false", name])
     with serving(Answer()) as server, pytest.raises(LmtoolError, match="ended with 1"):
         online.run_online(OnlinePlan(url=server.url, num_prompts=4, num_clients=2))
 

@@ -13,21 +13,30 @@ from typing import Self
 
 import httpx
 
+LMTOOL = str(Path(sys.executable).with_name("lmtool"))  # as users call it
 TIMEOUT_S = 180.0  # generous: the machine is shared
 
 
 class Process:
-    """``with Process("--http-processes", "2") as server``. said: its stderr so far."""
+    """``with Process("--http-processes", "2") as server``. folder: that it is started in; said: its stderr so far."""
 
-    def __init__(self, *flags: str, model: str = "smollm2-135m", **environment: str) -> None:
-        self._words = [sys.executable, "-m", "lmtool", "serve", "api_server", model, "--port", "0", *flags]
+    def __init__(
+        self, *flags: str, model: str = "smollm2-135m", folder: Path | None = None, **environment: str
+    ) -> None:
+        self._words = [LMTOOL, "serve", "api_server", model, "--port", "0", *flags]
+        self._folder = folder
         self._environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
         self.said: list[str] = []
         self.url = ""
 
     def __enter__(self) -> Self:
         self.process = subprocess.Popen(
-            self._words, stderr=subprocess.PIPE, text=True, env=self._environment, start_new_session=True
+            self._words,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=self._environment,
+            start_new_session=True,
+            cwd=self._folder,
         )
         ready = threading.Event()
         self._listening = threading.Thread(target=self._listen, args=(ready,), daemon=True)
@@ -86,6 +95,6 @@ def until(condition) -> None:
 def run_to_its_end(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """For a server that is not to start."""
     return subprocess.run(
-        [sys.executable, "-m", "lmtool", "serve", "api_server", *flags],
+        [LMTOOL, "serve", "api_server", *flags],
         capture_output=True, text=True, timeout=TIMEOUT_S, env={**os.environ, **environment},
     )  # fmt: skip
