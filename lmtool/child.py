@@ -8,7 +8,7 @@ from pathlib import Path
 def module_command(name: str) -> list[str]:
     """``python -P -m name``, to be run with `module_environment`.
 
-    Without -P the folder where lmtool was started, which may be a downloaded model's, is searched for every module first.
+    Without -P the folder where lmtool was started, which may be a downloaded model, is searched for modules first.
     """
     return [sys.executable, "-P", "-m", name]
 
