@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PINS := pyproject.toml constraints.txt
 
-.PHONY: help chat test gpu-test check format bench clean
+.PHONY: help chat test soak gpu-test check format bench clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -20,6 +20,9 @@ chat: $(VENV)/.chat ## talk to a real model, SmolLM2-135M-Instruct (ARGS="--syst
 
 test: $(VENV)/.dev ## run the tests (ARGS="tests/engine -k prefix" picks some)
 	@$(BIN)/python -m pytest $(ARGS)
+
+soak: $(VENV)/.dev ## 2,000 requests of all kinds of clients at a server of SmolLM2 (ARGS=200 for fewer)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.server.soak $(ARGS)
 
 gpu-test: ## run the tests marked gpu, with the python at hand, on a machine with an NVIDIA GPU
 	TRITON_INTERPRET=0 $(PYTHON) -m pytest -m gpu $(ARGS)
