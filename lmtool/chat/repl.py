@@ -166,10 +166,10 @@ class Repl:
         begun_s = time.monotonic()
         self._pump = pump = Pump(chat.backend.stream(messages, chat.settings.generation))
         text, last, first_s = "", Delta(text=""), None
-        printer = self._printer(messages)
-        count = chat.backend.count_tokens(messages)
-        waiting = "waiting …" if count is None else f"reading {count:,} tokens …"
         with StopOnInterrupt(pump), without_echo():
+            printer = self._printer(messages)  # these two may ask a server
+            count = chat.backend.count_tokens(messages)
+            waiting = "waiting …" if count is None else f"reading {count:,} tokens …"
             try:
                 for delta in pump.deltas(REFRESH_S):
                     if delta is None:
