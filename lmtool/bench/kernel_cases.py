@@ -205,7 +205,15 @@ def sample_cases(maker: Maker, rows: int) -> Iterator[Case]:
         strengths = (maker.full(rows, value) for value in (1.1, 0.5, 0.2))
         return maker.normal(rows, vocab, scale=2.5, dtype=torch.float32), mask, counts, *strengths
 
+    def masks() -> Arguments:
+        words = torch.randint(-(1 << 31), 1 << 31, (rows, -(-vocab // 32)), dtype=torch.int32, device=maker.device)
+        every_row = torch.arange(rows, dtype=torch.int32, device=maker.device)
+        return maker.normal(rows, vocab, scale=2.5, dtype=torch.float32), every_row, words
+
     yield Case("penalize_", "sample", "", rows, penalties, seen)
+    # half of the tokens are allowed: their logits are neither read nor written
+    half = rows * (vocab * 4 // 2 + vocab // 8)
+    yield Case("mask_", "sample", "", rows, masks, half, compared=lambda _, after: after[0].clamp_min(-100))
     for label, (temperature, top_k, top_p, min_p) in SAMPLING.items():
 
         def make(values: tuple[float, ...] = (temperature, top_p, min_p), top_k: int = top_k) -> Arguments:
