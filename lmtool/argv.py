@@ -3,6 +3,7 @@
     lmtool chat turbomind MODEL    → lmtool chat --backend turbomind MODEL
     lmtool chat --model MODEL      → lmtool chat MODEL
     lmtool chat --history False    → lmtool chat --no-history
+    lmtool serve api_server MODEL --api-keys a b   → lmtool serve api_server MODEL --api-keys a --api-keys b
 
 Knows words only: no command is imported and no value is judged here. (`_` for `-` is Click's own
 `token_normalize_func`; this pass only has to recognise both spellings.)
@@ -16,6 +17,10 @@ ENGINE_COMMANDS = {"chat"}
 
 # commands whose MODEL may also be given as `--model MODEL`
 MODEL_COMMANDS = {"chat", "convert", "inspect", "lite auto-awq", "lite calibrate", "lite eval", "serve api-server"}
+
+# LMDeploy's flags of several values; behind MODEL only: before it nobody could tell where they end
+LIST_COMMANDS = {"serve api-server"}
+LIST_FLAGS = {"--api-keys", "--allow-origins", "--model-name"}
 
 # a boolean flag -> what to say for an explicit False; None: saying nothing means False
 BOOLEAN_FLAGS: dict[str, str | None] = {
@@ -60,6 +65,8 @@ def translate(argv: Iterable[str]) -> list[str]:
     head = list(_name_engine(words[:end], command))
     if {command, with_group} & MODEL_COMMANDS:
         head = list(_model_is_positional(head))
+    if with_group in LIST_COMMANDS and _model_is_next(head):
+        head = list(_one_value_each(head))
     return [*_explicit_booleans(head), *words[end:]]
 
 
@@ -84,6 +91,24 @@ def _model_is_positional(words: list[str]) -> Iterator[str]:
             yield word.removeprefix("--model=")
         elif word != "--model" or following.startswith("-"):  # without a value: left for Click to refuse
             yield word
+
+
+def _model_is_next(words: list[str]) -> bool:
+    """Behind the group and its command."""
+    command = [i for i, word in enumerate(words) if not word.startswith("-")][1]
+    return not (words[command + 1 :] or ["-"])[0].startswith("-")
+
+
+def _one_value_each(words: list[str]) -> Iterator[str]:
+    flag, has_one = None, False  # the list whose values are being read
+    for word in words:
+        if word.startswith("-"):
+            flag, has_one = (word if _spelled(word) in LIST_FLAGS else None), False
+        elif flag is not None:
+            if has_one:
+                yield flag
+            has_one = True
+        yield word
 
 
 def _explicit_booleans(words: list[str]) -> Iterator[str]:

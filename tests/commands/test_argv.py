@@ -33,6 +33,12 @@ from lmtool.argv import BOOLEAN_FLAGS, MODEL_COMMANDS, translate
         ("chat --json m", "chat --json m"),
         ("chat --json=maybe", "chat --json=maybe"),
         ("chat -- --model True", "chat -- --model True"),
+        ("serve api_server m --api-keys a b --tp 1", "serve api_server m --api-keys a --api-keys b --tp 1"),
+        ("-v serve api-server m --api_keys a b", "-v serve api-server m --api_keys a --api_keys b"),
+        ("serve api_server m --api-keys=a --port 1", "serve api_server m --api-keys=a --port 1"),
+        ("serve api_server --api-keys a m", "serve api_server --api-keys a m"),
+        ("serve api_server --model m --api-keys a b", "serve api_server m --api-keys a --api-keys b"),
+        ("serve api_server", "serve api_server"),
         ("", ""),
     ],
 )
