@@ -182,6 +182,14 @@ def test_short_prompts_take_the_smallest_bucket_and_special_ones_none(decoder: D
     assert len(graphs._captured.sizes) == len(lengths)
 
 
+@pytest.mark.parametrize("kv_dtype", ["int8", "k8v4", "int4"])
+def test_padding_changes_nothing_in_a_quantized_cache(kv_dtype: str, decoder: Decoder) -> None:
+    plain = run_all(device_core(decoder, kv_dtype=kv_dtype, budget=64), REQUESTS)
+    core = device_core(decoder, kv_dtype=kv_dtype, budget=64, padded=1)
+    check_equal(plain, run_all(core, REQUESTS), decoder, PROMPTS, kv_dtype)
+    assert len(core._executor._runner._steps.of_both._captured.sizes) > 5  # type: ignore[attr-defined]
+
+
 def test_decodes_beside_short_prompts_are_padded_in_both_numbers(decoder: Decoder) -> None:
     core = device_core(decoder, padded=1, batch=20, prefix=0)
     graphs = core._executor._runner._steps.of_both  # type: ignore[attr-defined]
