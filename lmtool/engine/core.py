@@ -188,17 +188,17 @@ class EngineCore:
             return self._end(sequence, sequence.error)
         if sequence.finish_reason is not None:
             self._forget(sequence)
-        request_id = sequence.request.request_id
-        self._release(request_id)
         output = TokenOutput(
-            request_id,
+            sequence.request.request_id,
             sequence.token_ids[-1],
             sequence.finish_reason,
             logprob,
             sequence.num_cached_tokens,
         )
-        if sequence.prompt_logprobs is not None and sequence.num_generated_tokens == 1:
-            output.prompt_logprobs = tuple(sequence.prompt_logprobs)
+        if sequence.num_generated_tokens == 1:
+            self._release(output.request_id)
+            if sequence.prompt_logprobs is not None:
+                output.prompt_logprobs = tuple(sequence.prompt_logprobs)
         return output
 
     def _end(self, sequence: Sequence, error: LmtoolError) -> TokenOutput:
