@@ -134,6 +134,18 @@ class Health(TypedDict):
     message: NotRequired[str]
 
 
+class EngineStats(TypedDict):
+    """counters: totals since the engine started, under their own names."""
+
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    num_free_blocks: int
+    block_size: int
+    num_host_blocks_used: int
+    counters: dict[str, float]
+
+
 class Deleted(TypedDict):
     id: str
     object: str

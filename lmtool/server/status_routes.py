@@ -7,7 +7,7 @@ from fastapi import APIRouter, Response
 from lmtool import __version__
 from lmtool.engine.requests import default_generation
 from lmtool.server.context import ServerContext
-from lmtool.server.documents import Health, Model, Models, Version, answers_documented
+from lmtool.server.documents import EngineStats, Health, Model, Models, Version, answers_documented
 from lmtool.server.errors import Refusal
 from lmtool.server.refusals import json_response
 from lmtool.server.translate import check_model
@@ -49,6 +49,11 @@ def status_router(context: ServerContext) -> APIRouter:
         """Figures for Prometheus."""
         return Response(context.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    @router.get("/stats", responses=answers_documented(EngineStats))
+    async def stats() -> Response:
+        """The engine's last heartbeat as JSON: what runs, the cache, and totals, the host tier's too."""
+        return json_response(_stats(context))
+
     @router.post("/v1/embeddings", responses=answers_documented(Model))
     async def embeddings() -> Response:
         """There are none."""
@@ -74,6 +79,21 @@ def engine_status(context: ServerContext) -> tuple[str, dict[str, str]]:
     if engine.silent_s > SILENCE_S:
         return "silent", {"message": f"nothing was heard of the engine for {engine.silent_s:.0f} s"}
     return ("draining", {}) if context.draining else ("ready", {})
+
+
+def _stats(context: ServerContext) -> dict[str, Any]:
+    info, found = context.engine.info, context.engine.stats
+    if info is None or found is None:
+        raise Refusal(503, "nothing was heard of the engine yet", "ask again in a moment", retry_after_s=1)
+    return {
+        "num_running": found.num_running,
+        "num_waiting": found.num_waiting,
+        "num_blocks": info.num_blocks,
+        "num_free_blocks": found.num_free_blocks,
+        "block_size": info.block_size,
+        "num_host_blocks_used": found.num_host_blocks_used,
+        "counters": found.counters,
+    }
 
 
 def _model(context: ServerContext, name: str) -> dict[str, Any]:

@@ -40,6 +40,7 @@ WITHOUT = (
     "GET /ready",
     "GET /version",
     "GET /metrics",
+    "GET /stats",
     "POST /v1/embeddings",
 )
 HONEST = {501}  # what it says it does not do

@@ -104,6 +104,20 @@ def test_an_engine_that_is_silent_is_not_healthy(serving):
     assert (answer.status_code, answer.json()["status"]) == (503, "silent")
 
 
+def test_stats_are_the_engines_last_heartbeat(serving):
+    with serving.http() as client:
+        client.post("/v1/completions", json={"prompt": "a b c", "max_tokens": 3, "ignore_eos": True})
+        wait_until(lambda: client.get("/stats").json()["counters"]["num_generated_tokens"] >= 3)
+        found = client.get("/stats").json()
+    blocks = serving.engine.core.scheduler.blocks
+    assert (found["num_blocks"], found["block_size"]) == (blocks.num_blocks, blocks.block_size)
+    assert (found["num_running"], found["num_waiting"], found["num_free_blocks"]) == (0, 0, blocks.num_free)
+    assert found["counters"]["host_copy_s"] == 0
+    assert (
+        asked(ServerContext(ServerConfig(), EngineClient(Path("/x")), smollm2_tokenizer()), "/stats").status_code == 503
+    )
+
+
 def figures(client) -> dict[str, float]:
     text = client.get("/metrics").text
     found = {}
