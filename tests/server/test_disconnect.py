@@ -19,7 +19,8 @@ def sent(server: Serving, path: str, body: dict, num_bytes: int | None = None) -
     host, port = server.url.removeprefix("http://").split(":")
     there = socket.create_connection((host, int(port)), timeout=TIMEOUT_S)
     data = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(data)}\r\n\r\n"
     there.sendall(head.encode() + data[:num_bytes])
     return there
 
