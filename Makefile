@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
+# processes that run the tests; torch's own threads would only be in their way
+JOBS   ?= 2
 # where torch comes from, when not from pip's usual place; for a machine without an NVIDIA GPU:
 #   make chat TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
@@ -19,7 +21,7 @@ chat: $(VENV)/.chat ## talk to a real model, SmolLM2-135M-Instruct (ARGS="--syst
 	@$(BIN)/lmtool chat $(ARGS)
 
 test: $(VENV)/.dev ## run the tests (ARGS="tests/engine -k prefix" picks some)
-	@$(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 soak: $(VENV)/.dev ## 2,000 requests of all kinds of clients at a server of SmolLM2 (ARGS=200 for fewer)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.server.soak $(ARGS)
