@@ -20,6 +20,7 @@ KV_DTYPES = ("model", "auto", "int8", "int4", "k8v4", "static")
 _ONE_CHOICE = ("quant_policy", "kv_dtype")  # two names of it: who gives one means both
 MODEL_FORMATS = ("hf", "awq", "gptq", "gguf", "lmtool")
 MAX_LOGPROBS = 20
+LOOPBACK = ("127.0.0.1", "::1", "localhost")  # hosts that only this machine reaches
 
 
 def _flag(name: str) -> str:

@@ -12,10 +12,10 @@ import httpx
 
 from lmtool.chat.backend import Delta
 from lmtool.chat.http_errors import broken, refused, said_error, unreachable
+from lmtool.config import LOOPBACK
 
 _CONNECT_S = 10.0
 _SILENCE_S = 600.0  # a long prompt may take that long on a small machine
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _CONNECTED = ("connection.connect_tcp.complete", "connection.start_tls.complete")
 
 
@@ -28,7 +28,7 @@ def make_client(root: str, api_key: str | None) -> httpx.Client:
         headers=headers,
         timeout=httpx.Timeout(_SILENCE_S, connect=_CONNECT_S),
         limits=httpx.Limits(max_keepalive_connections=0),
-        trust_env=httpx.URL(root).host not in _LOOPBACK,
+        trust_env=httpx.URL(root).host not in LOOPBACK,
     )
 
 

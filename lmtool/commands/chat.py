@@ -5,13 +5,16 @@ import time
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lmtool.commands import options
-from lmtool.config import EngineConfig
+from lmtool.config import EngineConfig, GenerationConfig
 from lmtool.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from lmtool.chat.backend import Backend
 
 System = Annotated[str | None, typer.Option(help="System prompt.")]
 Prompt = Annotated[str | None, typer.Option(help="Answer this once and leave; piped text is put behind it.")]
@@ -169,25 +172,42 @@ def _talk(
     double_enter: bool,
     history: Path | None,
 ) -> int:
-    if find_spec("prompt_toolkit") is None:
-        raise InputError(
-            "prompt_toolkit is not installed", "pip install '.[chat]' in lmtool's folder, or pipe the prompt in"
-        )
-    from lmtool.chat import repl
+    need_terminal()
     from lmtool.chat.backend import LocalBackend
-    from lmtool.chat.session import Session
-    from lmtool.chat.settings import Settings
 
     pipe = load_pipeline(source, engine)
     backend = LocalBackend(pipe)
     try:
         config = options.generation_config(sampling, pipe.default_generation)
-        settings = Settings(config, markdown=markdown)
-        return repl.run(
-            backend, Session(system), settings, repl.ReplOptions(history=history, double_enter=double_enter)
-        )
+        return converse(backend, config, system, markdown=markdown, double_enter=double_enter, history=history)
     finally:
         backend.close()
+
+
+def need_terminal() -> None:
+    """Raises InputError where the library for one is not there."""
+    if find_spec("prompt_toolkit") is None:
+        raise InputError(
+            "prompt_toolkit is not installed", "pip install '.[chat]' in lmtool's folder, or pipe the prompt in"
+        )
+
+
+def converse(
+    backend: "Backend",
+    config: GenerationConfig,
+    system: str | None,
+    *,
+    markdown: bool,
+    double_enter: bool,
+    history: Path | None,
+) -> int:
+    """The terminal, until the user leaves it → exit code."""
+    from lmtool.chat import repl
+    from lmtool.chat.session import Session
+    from lmtool.chat.settings import Settings
+
+    settings = Settings(config, markdown=markdown)
+    return repl.run(backend, Session(system), settings, repl.ReplOptions(history=history, double_enter=double_enter))
 
 
 def history_path(history: bool, path: Path | None) -> Path | None:

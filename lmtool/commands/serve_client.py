@@ -100,16 +100,9 @@ def _connect(url: str, api_key: str | None, model: str | None, session_id: int |
 def _talk(
     backend: "HttpBackend", sampling: dict[str, Any], system: str | None, markdown: bool, double_enter: bool, kept: Any
 ) -> int:
-    if find_spec("prompt_toolkit") is None:
-        raise InputError(
-            "prompt_toolkit is not installed", "pip install '.[chat]' in lmtool's folder, or pipe the prompt in"
-        )
-    from lmtool.chat import repl
-    from lmtool.chat.session import Session
-    from lmtool.chat.settings import Settings
-
-    settings = Settings(options.generation_config(sampling, backend.default_generation), markdown=markdown)
-    return repl.run(backend, Session(system), settings, repl.ReplOptions(history=kept, double_enter=double_enter))
+    chat.need_terminal()
+    config = options.generation_config(sampling, backend.default_generation)
+    return chat.converse(backend, config, system, markdown=markdown, double_enter=double_enter, history=kept)
 
 
 def _answer(

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lmtool.commands import chat, options, serve_options
+from lmtool.config import LOOPBACK
 from lmtool.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from lmtool.chat.backend import Backend
     from lmtool.config import EngineConfig, GenerationConfig
 
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _OF_URL = ("api_key", "model_name", "restful_api")
 _OF_MODEL = (
     "device",
@@ -171,7 +171,7 @@ def _load(source: chat.Source, config: "EngineConfig") -> tuple["Backend", dict[
 
 def _show(backend: "Backend", defaults: "GenerationConfig", users: int, name: str, port: int) -> None:
     """Until Ctrl-C or SIGTERM."""
-    if name not in _LOOPBACK:
+    if name not in LOOPBACK:
         _say(f"warning: whoever reaches {name} may use this page, and what is behind it; 127.0.0.1 is for you alone")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     from lmtool.chat.web import Page, launch

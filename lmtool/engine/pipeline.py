@@ -58,11 +58,7 @@ class Pipeline:
     @property
     def description(self) -> str:
         """One line: model, device, how its weights are stored, context, load time."""
-        loaded = self.loaded
-        return (
-            f"{self.name} · {loaded.weights} on {loaded.device} · "
-            f"context {self.session_len} tokens · loaded in {loaded.load_s:.1f} s"
-        )
+        return self.loaded.described(self.name)
 
     @property
     def default_generation(self) -> dict[str, Any]:

@@ -54,6 +54,13 @@ class LoadedEngine:
     generation_defaults: Mapping[str, Any]
     load_s: float
 
+    def described(self, name: str) -> str:
+        """One line: model, device, how its weights are stored, context, load time."""
+        return (
+            f"{name} · {self.weights} on {self.device} · "
+            f"context {self.plan.session_len} tokens · loaded in {self.load_s:.1f} s"
+        )
+
 
 def load_engine(
     path: Path,

@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
+from lmtool.config import LOOPBACK
 from lmtool.errors import ConfigError
-
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

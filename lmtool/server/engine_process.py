@@ -78,10 +78,7 @@ def _refuse(server: EngineServer, error: LmtoolError) -> int:
 def _info(name: str, loaded: LoadedEngine) -> EngineInfo:
     plan, scheduler = loaded.plan, loaded.core.scheduler
     return EngineInfo(
-        description=(
-            f"{name} · {loaded.weights} on {loaded.device} · context {plan.session_len} tokens · "
-            f"loaded in {loaded.load_s:.1f} s"
-        ),
+        description=loaded.described(name),
         session_len=plan.session_len,
         vocab_size=loaded.model.vocab_size,
         max_batch_size=scheduler.max_batch_size,
