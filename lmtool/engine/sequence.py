@@ -8,11 +8,24 @@ from dataclasses import dataclass, field
 from lmtool.config import GenerationConfig
 from lmtool.engine.constraint import Constraint
 from lmtool.errors import EngineError, LmtoolError, RequestError
+from lmtool.images.prepared import PreparedImage
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedImage:
+    """A picture in a prompt: its rows are the tokens from ``start`` on."""
+
+    start: int
+    image: PreparedImage
+
+    @property
+    def end(self) -> int:
+        return self.start + self.image.num_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """prompt_ids and every id below are token ids.
+    """prompt_ids and every id below are token ids; those below 0 are rows of ``images``, in the prompt's order.
 
     stop_ids   end the answer; they are part of ``token_ids`` but not of its text
     bad_ids    sequences that are never completed in the answer
@@ -28,6 +41,7 @@ class Request:
     seed: int
     bad_ids: tuple[tuple[int, ...], ...] = ()
     after: int | None = None
+    images: tuple[PlacedImage, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
