@@ -1,4 +1,4 @@
-"""Tiny random LLaVA checkpoints in both forms that are out there, and the transformers model that holds their weights."""
+"""Tiny random LLaVA checkpoints in both forms that are out there, and transformers' model of the same weights."""
 
 from pathlib import Path
 from typing import Any, Literal
