@@ -86,6 +86,8 @@ class EngineConfig:
     max_batch_size         most requests computed in one step
     max_batched_tokens     token budget of one step; longer prompts are prefilled in chunks of it. None: 8192 on a
                            GPU; 512 on a CPU, where a step takes long enough to be waited for by Ctrl-C
+    max_image_tiles        tiles of pictures that one step encodes, so that many pictures do not hold up those who are
+                           being answered; a picture with more has a step to itself. None: 16 on a GPU, 4 on a CPU
     cache_max_entry_count  share of the *free* device memory for the KV cache (GPU)
     cache_gb               size of the KV cache in GiB; on a CPU this is what bounds it
     cache_host_gb          host memory (pinned, on a GPU) for blocks of the KV cache that the device has no room for, in
@@ -105,6 +107,7 @@ class EngineConfig:
     session_len: int | None = None
     max_batch_size: int = 256
     max_batched_tokens: int | None = None
+    max_image_tiles: int | None = None
     cache_max_entry_count: float = 0.8
     cache_gb: float | None = None
     cache_host_gb: float = 0.0
@@ -145,6 +148,7 @@ class EngineConfig:
         check(
             self.max_batched_tokens is None or self.max_batched_tokens >= 64, "max_batched_tokens", "at least 64 tokens"
         )
+        check(self.max_image_tiles is None or self.max_image_tiles >= 1, "max_image_tiles", "at least 1")
         check(0 < self.cache_max_entry_count < 1, "cache_max_entry_count", "a share between 0 and 1")
         check(self.cache_gb is None or 0 < self.cache_gb < math.inf, "cache_gb", "a size in GiB above 0")
         check(0 <= self.cache_host_gb < math.inf, "cache_host_gb", "a size in GiB, or 0: no host memory")

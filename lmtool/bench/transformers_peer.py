@@ -34,7 +34,7 @@ class TransformersPeer:
     def __init__(self, source: Path | ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         """Raises ConfigError where transformers cannot build it without a checkpoint's own code."""
         self.name = str(dtype).removeprefix("torch.")
-        model = _random(source, dtype) if isinstance(source, ModelConfig) else _stored(source, dtype)
+        model = _random(source, dtype, device) if isinstance(source, ModelConfig) else _stored(source, dtype)
         self._model = model.eval().to(device)
         self._device = device
 
@@ -84,8 +84,9 @@ def _stored(path: Path, dtype: torch.dtype) -> Any:
     return model
 
 
-def _random(shape: ModelConfig, dtype: torch.dtype) -> Any:
-    model = _empty(hf_config(shape), dtype)
+def _random(shape: ModelConfig, dtype: torch.dtype, device: torch.device) -> Any:
+    with device:  # billions of random numbers take a CPU minutes
+        model = _empty(hf_config(shape), dtype)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.normal_(1 if "norm" in name else 0, 0.02)

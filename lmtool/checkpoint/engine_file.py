@@ -20,6 +20,7 @@ SETTINGS = (
     "session_len",
     "max_batch_size",
     "max_batched_tokens",
+    "max_image_tiles",
     "cache_max_entry_count",
     "cache_gb",
     "cache_host_gb",
@@ -36,6 +37,7 @@ def engine_file_text(context: int) -> str:
 # session_len = {context}             # longest prompt and answer together, tokens; the model's own is {context}
 # max_batch_size = 256           # most requests computed in one step
 # max_batched_tokens = 8192      # token budget of one step; longer prompts are computed in chunks of it
+# max_image_tiles = 16           # tiles of pictures that one step encodes
 # cache_max_entry_count = 0.8    # share of the free GPU memory for the K/V cache
 # cache_gb = 4.0                 # size of the K/V cache in GiB instead; on a CPU this bounds it
 # cache_host_gb = 16.0           # host memory in GiB for what the K/V cache has no room for; 0: none

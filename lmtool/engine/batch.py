@@ -5,7 +5,7 @@ A running sequence owns a *slot*: a row of the runner's tables. The scheduler se
 
 from dataclasses import dataclass, field
 
-from lmtool.engine.sequence import Request, Scored, TokenLogprob
+from lmtool.engine.sequence import ImageRows, Request, Scored, TokenLogprob
 
 
 @dataclass(slots=True)
@@ -19,13 +19,17 @@ class Join:
 
 @dataclass(slots=True)
 class Chunk:
-    """Prompt tokens to compute in this step. ``samples``: a token comes out, the chunk being the last."""
+    """Prompt tokens to compute in this step. ``samples``: a token comes out, the chunk being the last.
+
+    ``images``: what stands for the tokens whose ids are below 0.
+    """
 
     slot: int
     start: int
     token_ids: list[int]
     samples: bool
     scored: Scored | None = None
+    images: list[ImageRows] = field(default_factory=list)
 
 
 @dataclass(slots=True)

@@ -20,6 +20,7 @@ from lmtool.engine.executor import Pending
 from lmtool.engine.extras import LogitExtras
 from lmtool.engine.graphs import StartProgress
 from lmtool.engine.host_memory import HostPlan
+from lmtool.engine.image_encoder import ImageEncoder
 from lmtool.engine.inputs import lay_out
 from lmtool.engine.kv_cache import CachePlan, allocate_cache
 from lmtool.engine.launched import Launched
@@ -58,6 +59,7 @@ class DeviceRunner(HostCopies):
         max_blocks = -(-plan.session_len // plan.block_size)
         self._state = DeviceState(max_batch_size, max_batch_size, max_blocks, plan.block_size, self.device)
         self._extras = LogitExtras(config.vocab_size, self.device)
+        self._images = ImageEncoder(decoder)
         self._steps = CapturedSteps(decoder, self._caches, self._state, max_batch_size=max_batch_size)
 
     def launch(self, batch: Batch) -> Pending:
@@ -104,7 +106,7 @@ class DeviceRunner(HostCopies):
     # ------------------------------------------------------------------ prompts, and decodes beside them
     def _is_plain(self, batch: Batch) -> bool:
         """Nobody asks for what a graph does not hold."""
-        return not self._extras.concerns(batch) and not any(chunk.scored for chunk in batch.chunks)
+        return not self._extras.concerns(batch) and not any(chunk.scored or chunk.images for chunk in batch.chunks)
 
     def _mixed(self, batch: Batch) -> Pending:
         state = self._state
@@ -143,7 +145,7 @@ class DeviceRunner(HostCopies):
             max_seqlen_q=rows.max_chunk,
             plan=plan,
         )
-        hidden = self.decoder.forward(ids, context, self._caches, wanted)
+        hidden = self.decoder.forward(ids, context, self._caches, wanted, self._images.of(batch))
         scores = score(self.decoder, hidden[num_sampled:], scored, target_ids) if len(scored) else None
         if not num_sampled:
             return Launched.on_its_way(ids[:0], [], scores=scores)

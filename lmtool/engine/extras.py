@@ -77,7 +77,7 @@ class LogitExtras:
             repetition, presence, frequency = self._floats(penalties).split(1)
             extras.penalties = (repetition, presence, frequency)
             extras.prompt_mask = torch.zeros(self._vocab_size, dtype=torch.bool, device=self._device)
-            extras.prompt_mask.index_fill_(0, self._ids(join.request.prompt_ids), True)
+            extras.prompt_mask.index_fill_(0, self._ids([i for i in join.request.prompt_ids if i >= 0]), True)
             extras.output_counts = torch.zeros(self._vocab_size, dtype=torch.int32, device=self._device)
             _count(extras.output_counts, self._ids(join.answer_ids))
         self._of_slot[join.slot] = extras

@@ -18,11 +18,12 @@ class Part:
 
 @dataclass(slots=True)
 class Flight:
-    """Parts in the order of the batch's decodes and chunks."""
+    """Parts in the order of the batch's decodes and chunks. num_tiles: of pictures, that the step encodes."""
 
     batch: Batch
     decodes: list[Part] = field(default_factory=list)
     chunks: list[Part] = field(default_factory=list)
+    num_tiles: int = 0
 
     @property
     def parts(self) -> list[Part]:

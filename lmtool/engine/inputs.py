@@ -54,7 +54,8 @@ def lay_out(batch: Batch, block_tables: np.ndarray, block_size: int) -> MixedRow
     lasts = num_decodes + ends - 1
     sampled = [*range(num_decodes), *(int(i) for i, chunk in zip(lasts, chunks, strict=True) if chunk.samples)]
     return MixedRows(
-        prompt_ids=np.concatenate([np.asarray(chunk.token_ids, dtype=np.int64) for chunk in chunks]),
+        # rows of pictures have no id of the vocabulary: whatever is looked up for them is overwritten
+        prompt_ids=np.concatenate([np.asarray(chunk.token_ids, dtype=np.int64) for chunk in chunks]).clip(min=0),
         positions=positions,
         addresses=addresses(block_tables, block_size, slot_of_row, positions),
         seq_slots=seq_slots,

@@ -92,6 +92,20 @@ def bring_kv_parameters(decoder: Decoder, config: EngineConfig, path: Path) -> N
     decoder.kv_parameters = parameters.metas()
 
 
+def bring_vision(decoder: Decoder, checkpoint: Checkpoint) -> None:
+    """Of a model that takes pictures, what it sees them with, in the decoder's dtype. Raises CheckpointError."""
+    if getattr(checkpoint, "vision", None) is None:
+        return
+    from lmtool.images.form import read_image_form
+    from lmtool.models.vision import load_tower  # transformers: seconds
+
+    form = read_image_form(checkpoint.path)
+    assert form is not None, "what has a vision part has a form of pictures"
+    full = memory_short(f"the vision tower did not fit on {decoder.device}", "use a smaller or a 4-bit model")
+    with full, no_collection():
+        decoder.vision = load_tower(checkpoint.vision, form, decoder.dtype, decoder.device)
+
+
 def _check_format(checkpoint: Checkpoint, config: EngineConfig) -> None:
     if config.model_format is not None and config.model_format != checkpoint.format:
         raise ConfigError(

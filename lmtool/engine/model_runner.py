@@ -6,6 +6,7 @@ from torch import Tensor
 from lmtool.engine.batch import Batch, Done, StepOutput
 from lmtool.engine.block_copies import HostCopies
 from lmtool.engine.host_memory import HostPlan
+from lmtool.engine.image_encoder import ImageEncoder
 from lmtool.engine.inputs import SlotTables
 from lmtool.engine.kv_cache import CachePlan, allocate_cache
 from lmtool.engine.prompt_logprobs import score, scored_rows
@@ -28,6 +29,7 @@ class ModelRunner(HostCopies):
         max_blocks = -(-plan.session_len // plan.block_size)
         self._tables = SlotTables(max_batch_size, max_blocks, plan.block_size, device)
         self._sampler = Sampler(max_batch_size, decoder.config.vocab_size, device)
+        self._images = ImageEncoder(decoder)
 
     def launch(self, batch: Batch) -> Done:
         return Done(self.run(batch))
@@ -42,7 +44,8 @@ class ModelRunner(HostCopies):
         wanted = inputs.sampled_rows
         if wanted is not None and len(scored):
             wanted = torch.cat((wanted, torch.from_numpy(scored.rows)))
-        hidden = self.decoder.forward(inputs.ids, inputs.context, self._caches, wanted)
+        inserted = self._images.of(batch)
+        hidden = self.decoder.forward(inputs.ids, inputs.context, self._caches, wanted, inserted)
         output = self._sample(hidden[: len(slots)], batch) if slots else StepOutput([])
         if len(scored):
             scores = score(self.decoder, hidden[len(slots) :], scored, torch.from_numpy(scored.target_ids))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, overload
+from typing import TYPE_CHECKING, Any, Self, overload
 
 from lmtool.checkpoint.formats import open_checkpoint
 from lmtool.checkpoint.hub import resolve_model
@@ -24,10 +24,14 @@ from lmtool.engine.response import Answers, Response
 from lmtool.engine.sequence import Request
 from lmtool.engine.setup import LoadedEngine, load_engine
 from lmtool.errors import ConfigError, RequestError
+from lmtool.images.prepared import PreparedImage
 from lmtool.tokenizer import Tokenizer, load_tokenizer
 
+if TYPE_CHECKING:
+    from lmtool.images.form import ImageForm
+
 Message = dict[str, Any]
-Prompt = str | list[Message]
+Prompt = str | tuple[str, Any] | list[Message]  # a text, a text with a picture or several, a conversation
 
 
 @dataclass(slots=True)
@@ -41,9 +45,13 @@ class Session:
 class Pipeline:
     """A model and its engine. Thread-safe; close it, or use it in a ``with`` block."""
 
-    def __init__(self, name: str, loaded: LoadedEngine, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, name: str, loaded: LoadedEngine, tokenizer: Tokenizer, image_form: "ImageForm | None" = None
+    ) -> None:
+        """image_form: how the model takes pictures, where it does."""
         self.name = name
         self.tokenizer = tokenizer
+        self.image_form = image_form
         self.loaded = loaded
         loaded.core.give_vocabulary(partial(GrammarVocabulary.of, tokenizer, loaded.model.vocab_size))
         self._engine = AsyncEngine(loaded.core)
@@ -79,7 +87,8 @@ class Pipeline:
     def __call__(self, prompts: list[str], gen_config: GenerationConfig | None = None) -> list[Response]: ...
 
     def __call__(self, prompts: Any, gen_config: GenerationConfig | None = None) -> Response | list[Response]:
-        """Answer a prompt, or several in one batch. A prompt is a text or a list of chat messages.
+        """Answer a prompt, or several in one batch. A prompt is a text, a list of chat messages, or a text and its
+        picture or pictures: `("describe this", image)`, where a picture is whatever `lmtool.vl.load_image` takes.
 
         Raises RequestError where a prompt does not fit the context or a value is impossible.
         """
@@ -104,10 +113,12 @@ class Pipeline:
         """A conversation that has not begun. It needs no closing: in the cache it makes room for others."""
         return Session([{"role": "system", "content": system}] if system is not None else [])
 
-    def chat(self, prompt: str, session: Session | None = None, gen_config: GenerationConfig | None = None) -> Session:
+    def chat(
+        self, prompt: str | tuple[str, Any], session: Session | None = None, gen_config: GenerationConfig | None = None
+    ) -> Session:
         """One turn of a conversation; without ``session`` a new one. ``session.response`` is the answer."""
         session = session if session is not None else Session()
-        messages = [*session.messages, {"role": "user", "content": prompt}]
+        messages = [*session.messages, *_messages_of(_as_prompts(prompt)[0])]
         response = self(messages, gen_config)
         session.messages = [*messages, {"role": "assistant", "content": response.text}]
         session.response = response
@@ -117,12 +128,30 @@ class Pipeline:
         return GenerationConfig(**self.default_generation)
 
     def _request(self, prompt: Prompt, config: GenerationConfig) -> Request:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return self.request(self.tokenizer.chat_ids(messages), config)
+        prompt_ids, images = self.prepare(_messages_of(prompt))
+        return self.request(prompt_ids, config, images)
 
-    def request(self, prompt_ids: Sequence[int], config: GenerationConfig) -> Request:
+    def prepare(self, messages: Sequence[Message]) -> tuple[list[int], list[PreparedImage]]:
+        """A conversation as `request` takes it: token ids, with an `IMAGE_ID` for each picture, and the pictures.
+
+        Raises InputError where the template, or a picture, is refused.
+        """
+        if all(isinstance(message.get("content"), str) for message in messages):
+            return self.tokenizer.chat_ids(messages), []
+        from lmtool.images.load import load_image
+        from lmtool.images.messages import take_images
+
+        plain, sources = take_images(messages)
+        if sources and self.image_form is None:
+            raise RequestError(f"{self.name} takes no pictures", "load a model that does, such as LLaVA")
+        images = [self.image_form.prepare(load_image(source)) for source in sources if self.image_form is not None]
+        return self.tokenizer.chat_ids(plain), images
+
+    def request(
+        self, prompt_ids: Sequence[int], config: GenerationConfig, images: Sequence[PreparedImage] = ()
+    ) -> Request:
         """A request of this engine, checked. Raises RequestError."""
-        return self._maker.request(prompt_ids, config)
+        return self._maker.request(prompt_ids, config, images)
 
     # ------------------------------------------------------------------ life
     def close(self) -> None:
@@ -164,7 +193,13 @@ def pipeline(
     open_checkpoint(path).close()  # what is wrong with the whole is said before what is wrong with its tokenizer
     tokenizer = load_tokenizer(path, chat_template=chat_template)
     loaded = load_engine(path, config, progress)
-    return Pipeline(str(model), loaded, tokenizer)
+    return Pipeline(str(model), loaded, tokenizer, _image_form(path) if loaded.takes_images else None)
+
+
+def _image_form(path: Path) -> "ImageForm | None":
+    from lmtool.images.form import read_image_form
+
+    return read_image_form(path)
 
 
 def _is_several(prompts: Any) -> bool:
@@ -178,16 +213,32 @@ def _as_prompts(prompts: Any) -> list[Prompt]:
         if isinstance(prompt, list):
             for i, message in enumerate(prompt):
                 _check_message(i, message)
+        elif isinstance(prompt, tuple):
+            if len(prompt) != 2 or not isinstance(prompt[0], str):
+                raise RequestError("a prompt is a tuple of other things", "give (text, picture) or (text, [pictures])")
         elif not isinstance(prompt, str):
             raise RequestError(
-                f"a prompt is a {type(prompt).__name__}", "give a text, a list of messages, or a list of these"
+                f"a prompt is a {type(prompt).__name__}",
+                "give a text, a list of messages, a tuple of a text and a picture, or a list of these",
             )
     return several
+
+
+def _messages_of(prompt: Prompt) -> list[Message]:
+    """A text, with or without pictures before it, is a conversation's first message."""
+    if isinstance(prompt, list):
+        return prompt
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    text, images = prompt
+    parts = [{"type": "image", "image": image} for image in (images if isinstance(images, list) else [images])]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 
 def _check_message(index: int, message: Any) -> None:
     if not isinstance(message, Mapping):
         raise RequestError(f"message {index} is a {type(message).__name__}", "give a dict with role and content")
-    for key in ("role", "content"):
-        if not isinstance(message.get(key), str):
-            raise RequestError(f"message {index}: {key} is {message.get(key)!r}", "give a text")
+    if not isinstance(message.get("role"), str):
+        raise RequestError(f"message {index}: role is {message.get('role')!r}", "give a text")
+    if not isinstance(message.get("content"), str | list):
+        raise RequestError(f"message {index}: content is {message.get('content')!r}", "give a text or a list of parts")

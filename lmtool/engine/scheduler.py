@@ -19,12 +19,14 @@ from lmtool.engine.block_manager import BlockManager
 from lmtool.engine.counters import Counters
 from lmtool.engine.flight import Flight, Part
 from lmtool.engine.loads import Loads
-from lmtool.engine.sequence import Sequence
+from lmtool.engine.sequence import ImageRows, Sequence
 from lmtool.engine.swap_cost import SwapCost
 
 
 class Scheduler:
-    """join_group: while all slots are taken and others wait, sequences start so many at a time.
+    """max_image_tiles: of pictures that a step encodes, unless its first one alone has more.
+
+    join_group: while all slots are taken and others wait, sequences start so many at a time.
 
     A step with a prompt in it costs more than one without; where there is a queue anyway, a few of them at once are
     cheaper than one in each step.
@@ -36,12 +38,14 @@ class Scheduler:
         *,
         max_batch_size: int,
         max_batched_tokens: int,
+        max_image_tiles: int = 1,
         join_group: int = 1,
         swap_cost: SwapCost | None = None,
     ) -> None:
         self.blocks = blocks
         self.max_batch_size = max_batch_size
         self.max_batched_tokens = max_batched_tokens
+        self.max_image_tiles = max_image_tiles
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.counters = Counters()
@@ -112,21 +116,30 @@ class Scheduler:
         return bool(batch.joins) or num_slots >= enough
 
     def _continue(self, sequence: Sequence, budget: int, flight: Flight) -> int:
+        start = sequence.num_computed_tokens
         count = min(sequence.num_uncomputed_tokens, budget)
-        while not self._grow(sequence, sequence.num_computed_tokens + count, flight.batch):
+        if sequence.request.images:
+            count = self._with_images(sequence, start, count, flight)
+        while not self._grow(sequence, start + count, flight.batch):
             if self._reclaim():
                 continue
             victim = self.running[-1]
             self._preempt(victim, flight)
             if victim is sequence:
                 return 0
-        self._enter(sequence, count, flight)
+        if count:
+            self._enter(sequence, count, flight)
         return count
 
     def _start(self, sequence: Sequence, budget: int, flight: Flight) -> int | None:
-        """Tokens that it computes in this step, 0: its beginning is on the way; None: there are not enough blocks."""
+        """Tokens that it computes in this step, 0: its beginning is on the way; None: there are not enough blocks, or
+        enough pictures are encoded already."""
         match = self.loads.find(sequence)
         count = min(sequence.num_tokens - match.num_tokens, budget)
+        count = self._with_images(sequence, match.num_tokens, count, flight, joined=True)
+        if not count:
+            self.loads.put_back(sequence, match)
+            return None
         needed = self.blocks.blocks_for(match.num_tokens + count) - len(match.blocks) + len(match.on_host)
         # one block is left for each running sequence, so that starting this one does not at once preempt another
         if needed + len(self.running) + self.loads.num_missing_blocks > self.blocks.num_free:
@@ -140,6 +153,21 @@ class Scheduler:
         self._grow(sequence, match.num_tokens + count, flight.batch)
         self._enter(sequence, count, flight, joined=True)
         return count
+
+    def _with_images(self, sequence: Sequence, start: int, count: int, flight: Flight, *, joined: bool = False) -> int:
+        """How many of ``count`` tokens from ``start`` on it may compute: up to a picture that is too much for now."""
+        num_tiles = flight.num_tiles
+        for rows in sequence.image_rows(start, start + count):
+            more = self._tiles_to_encode(rows, joined=joined)
+            num_tiles += more
+            if more and num_tiles > max(self.max_image_tiles, more):
+                return rows.at
+        return count
+
+    @staticmethod
+    def _tiles_to_encode(rows: ImageRows, *, joined: bool) -> int:
+        """The step before has left a picture that it was in the midst of."""
+        return rows.image.num_tiles if joined or not rows.first else 0
 
     def _join(self, sequence: Sequence, batch: Batch) -> None:
         sequence.slot = self._free_slots.pop()
@@ -190,7 +218,9 @@ class Scheduler:
             flight.decodes.append(part)
         else:
             token_ids = sequence.token_ids[start:end].tolist()
-            batch.chunks.append(Chunk(sequence.slot, start, token_ids, samples, sequence.scored(start, end)))
+            images = sequence.image_rows(start, end)
+            flight.num_tiles += sum(self._tiles_to_encode(rows, joined=joined) for rows in images)
+            batch.chunks.append(Chunk(sequence.slot, start, token_ids, samples, sequence.scored(start, end), images))
             flight.chunks.append(part)
         sequence.num_computed_tokens = end
         sequence.num_inflight_tokens += samples

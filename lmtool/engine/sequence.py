@@ -62,6 +62,17 @@ class Scored:
     num_top: int
 
 
+@dataclass(slots=True)
+class ImageRows:
+    """Rows of a picture among a chunk's tokens: ``count`` from the picture's ``first`` on, the first of them the
+    chunk's token ``at``."""
+
+    image: PreparedImage
+    first: int
+    count: int
+    at: int
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """Counters are of tokens.
@@ -137,6 +148,15 @@ class Sequence:
             return None
         first, last = max(start, len(self.prompt_logprobs)), min(end, self.num_prompt_tokens - 1)
         return Scored(first, self.token_ids[first + 1 : last + 1].tolist(), num_top) if first < last else None
+
+    def image_rows(self, start: int, end: int) -> list[ImageRows]:
+        """What stands for the pictures' tokens in a chunk of these positions."""
+        found = []
+        for placed in self.request.images:
+            first, last = max(start, placed.start), min(end, placed.end)
+            if first < last:
+                found.append(ImageRows(placed.image, first - placed.start, last - first, first - start))
+        return found
 
     def take_scores(self, first: int, scores: list[TokenLogprob]) -> None:
         """What came of `scored`. A sequence that was preempted meanwhile may get it twice."""

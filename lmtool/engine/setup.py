@@ -27,7 +27,7 @@ from lmtool.engine.graphs import StartProgress
 from lmtool.engine.host_memory import HostPlan, check_host_tier, plan_host_tier, staging_bytes
 from lmtool.engine.host_tier import HostTier
 from lmtool.engine.kv_cache import CachePlan, outline_plan, plan_cache
-from lmtool.engine.load_weights import bring_kv_parameters, how_stored, load_weights, stored_as
+from lmtool.engine.load_weights import bring_kv_parameters, bring_vision, how_stored, load_weights, stored_as
 from lmtool.engine.model_runner import ModelRunner
 from lmtool.engine.scheduler import Scheduler
 from lmtool.engine.swap_cost import SwapCost
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _GIB = 1 << 30
 _DEFAULT_BATCHED_TOKENS = {"cuda": 8192, "cpu": 512}
+_DEFAULT_IMAGE_TILES = {"cuda": 16, "cpu": 4}
 _JOIN_SHARE = 32  # of the slots must be free before those who wait for one start: see Scheduler
 
 
@@ -53,6 +54,7 @@ class LoadedEngine:
     weights: str  # how they are stored: 'float16', 'int4', …
     generation_defaults: Mapping[str, Any]
     load_s: float
+    takes_images: bool = False
 
     def described(self, name: str) -> str:
         """One line: model, device, how its weights are stored, context, load time."""
@@ -84,13 +86,21 @@ def load_engine(
         with closing(compiling) if compiling else nullcontext():
             decoder = load_weights(checkpoint, model, config, dtype, device, keep_int4, progress)
             bring_kv_parameters(decoder, config, path)
+            bring_vision(decoder, checkpoint)
             defaults = checkpoint.generation_config
             _log.info("weights loaded after %.1f s", time.perf_counter() - started)
             core, plan = build_core(decoder, config, progress, compiling)
     finally:
         checkpoint.close()
     return LoadedEngine(
-        core, model, plan, device, stored_as(decoder, keep_int4), defaults, time.perf_counter() - started
+        core,
+        model,
+        plan,
+        device,
+        stored_as(decoder, keep_int4),
+        defaults,
+        time.perf_counter() - started,
+        decoder.vision is not None,
     )
 
 
@@ -124,6 +134,7 @@ def build_core(
         blocks,
         max_batch_size=config.max_batch_size,
         max_batched_tokens=budget,
+        max_image_tiles=config.max_image_tiles or _DEFAULT_IMAGE_TILES[device.type],
         join_group=max(1, config.max_batch_size // _JOIN_SHARE) if on_gpu else 1,
         swap_cost=SwapCost(runner.load_bytes_per_s, plan.block_bytes),
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +13,17 @@ from lmtool.layers.kv_store import KvStore
 from lmtool.layers.rotary import cos_sin_table
 from lmtool.layers.weights import Matrix
 from lmtool.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from lmtool.models.vision import VisionTower
+
+
+@dataclass(slots=True)
+class Inserted:
+    """Rows that are no tokens' embeddings. rows [n] int64: which of a step's; values [n, H]."""
+
+    rows: Tensor
+    values: Tensor
 
 
 @dataclass(slots=True)
@@ -46,6 +58,7 @@ class Decoder:
         self.head = head
         # k_meta and v_meta of each layer, where the model brings a static K/V quantization
         self.kv_parameters: Sequence[tuple[Tensor, Tensor]] | None = None
+        self.vision: VisionTower | None = None
         self.cos_sin = cos_sin_table(config.rope, num_positions, embed.device)
 
     @property
@@ -57,15 +70,23 @@ class Decoder:
         return self.embed.dtype
 
     def forward(
-        self, ids: Tensor, step: AttentionContext, caches: Sequence[KvStore], wanted: Tensor | None = None
+        self,
+        ids: Tensor,
+        step: AttentionContext,
+        caches: Sequence[KvStore],
+        wanted: Tensor | None = None,
+        inserted: Inserted | None = None,
     ) -> Tensor:
         """ids [T] int64 → the residual stream after the last layer [T, H]; K and V of the tokens are cached.
 
         wanted [n] int64: the rows that are returned [n, H]; the last layer computes nothing else for the others
         than their K and V (a prompt's chunk needs one row at most: that is 3 % of a 30-layer model).
+        inserted: what pictures have in place of embeddings.
         """
         config = self.config
         hidden = torch.nn.functional.embedding(ids, self.embed)
+        if inserted is not None:
+            hidden.index_copy_(0, inserted.rows, inserted.values)
         cos_sin = self.cos_sin.index_select(0, step.positions)
         scale = config.head_dim**-0.5
         caches[0].begin(step)
