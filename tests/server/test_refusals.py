@@ -6,13 +6,15 @@ from pathlib import Path
 
 import openai
 import pytest
+from hypothesis import given, settings
+from hypothesis.strategies import dictionaries, integers, lists, recursive, text
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
 from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
 from pydantic import ValidationError
 
 from lmtool.server.config import ServerConfig
 from lmtool.server.errors import Refusal
-from lmtool.server.json_body import MAX_DEPTH, MAX_MEMBERS, parse
+from lmtool.server.json_body import MAX_DEPTH, MAX_LISTS, MAX_MEMBERS, parse, without_texts
 from lmtool.server.protocol import SENTENCES
 from lmtool.server.protocol_chat import ChatRequest
 from lmtool.server.protocol_completion import CompletionRequest
@@ -158,7 +160,8 @@ def test_openais_client_sees_its_own_errors(serving):
         (b'{"prompt": 1e999}', "not valid JSON"),
         (b'{"seed": ' + b"9" * 5000 + b"}", "not valid JSON"),
         (b'{"prompt": ' + b"[" * 65 + b"]" * 65 + b"}", "nested deeper"),
-        (b"[" * 100_000, "not valid JSON"),
+        (b"[" * 40_000, "not valid JSON"),
+        (b"[" * 100_000, "more than 50000 lists"),
         (b"[1]", "give an object"),
         (b"null", "the body is"),
     ],
@@ -204,6 +207,17 @@ def test_a_long_list_of_wrong_things_is_one_thing():
         assert refused.value.error_count() < 100
     with pytest.raises(Refusal, match="more than 50000 fields"):
         parse(json.dumps({str(i): 1 for i in range(50_001)}).encode())
+    with pytest.raises(Refusal, match="more than 50000 lists"):
+        parse(b"[" + b"[]," * 50_001 + b"[]]")
+
+
+@given(recursive(text('ab"\\[]{}:,\n/é'), lambda inner: lists(inner) | dictionaries(text(), inner)), integers(1, 9))
+@settings(derandomize=True, database=None, deadline=None)
+def test_what_looks_like_json_inside_a_text_is_text(value, piece_bytes):
+    """However the body is cut into pieces to be looked through."""
+    data = json.dumps(value).encode()
+    texts = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+    assert without_texts(data, piece_bytes) == texts.sub(b"", data)
 
 
 def test_what_is_refused_costs_the_others_nothing(serving):
@@ -222,4 +236,5 @@ def test_every_field_is_documented():
     bounds = ServerConfig()
     assert f"at most {bounds.max_n} choices and {bounds.max_stop} stop texts of {bounds.max_stop_chars}" in page
     assert f"{bounds.max_prompts} prompts times choices, and {MAX_MEMBERS:,} fields" in page
+    assert f"{MAX_LISTS:,} lists and objects" in page
     assert f"nested {MAX_DEPTH} deep" in page
