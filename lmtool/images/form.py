@@ -1,0 +1,68 @@
+"""`ImageForm`: how a model wants its pictures, read from its folder. Does not know what a vision tower is."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lmtool.errors import CheckpointError
+from lmtool.images import llava_config
+from lmtool.images.prepared import PreparedImage
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MANIFEST = "lmtool.json"  # a workspace's; the room that writes it lies above this one
+
+
+class ImageForm(Protocol):
+    """mean, std: of the channels, for pixels in 0..1; what the tower normalizes with."""
+
+    @property
+    def mean(self) -> tuple[float, float, float]: ...
+
+    @property
+    def std(self) -> tuple[float, float, float]: ...
+
+    def prepare(self, image: "Image") -> PreparedImage:
+        """Resize and cut an RGB picture. Raises RequestError for one whose shape is beyond the model's reach."""
+        ...
+
+
+def read_image_form(path: Path) -> ImageForm | None:
+    """Of a model folder or a workspace; None for a model that takes no pictures.
+
+    Raises CheckpointError for files that are missing or broken, or that ask for what is not implemented.
+    """
+    if path.parts[-2:] == ("triton_models", "weights"):  # LMDeploy's name of a workspace
+        path = path.parents[1]
+    if not path.is_dir():
+        return None
+    config = _json(path / MANIFEST).get("config") or _json(path / "config.json")
+    architecture = next(iter(config.get("architectures") or ()), None)
+    if architecture in llava_config.OF_TRANSFORMERS:
+        return llava_config.of_transformers(path, config, _processor(path))
+    if architecture in llava_config.ORIGINALS:
+        return llava_config.of_original(path, config)
+    return None
+
+
+def _processor(folder: Path) -> Mapping[str, Any]:
+    """What newer releases of transformers write goes before what older ones wrote."""
+    found = _json(folder / "processor_config.json").get("image_processor") or _json(folder / "preprocessor_config.json")
+    if not found:
+        raise CheckpointError(f"{folder} has no preprocessor_config.json", "download it: it says how pictures are cut")
+    return found
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """{} where there is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}", "download that file again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is not a JSON object", "download that file again")
+    return value
