@@ -5,13 +5,16 @@ Knows the manifests of the formats; the bytes are read by `reader` (HF) and `ggu
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from lmtool.checkpoint.manifest import MANIFEST, PICKLE_SUFFIXES, workspace_of
 from lmtool.checkpoint.staging import StoredTensor
 from lmtool.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from lmtool.checkpoint.vision import VisionPart
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,18 +78,20 @@ class StoredW4:
 
 
 class Checkpoint(Protocol):
-    """One stored model; every tensor under its Hugging Face name, in a workspace under the loader's own.
+    """One stored language model; every tensor under its Hugging Face name, in a workspace under the loader's own.
 
     path               the folder or file
     format             'hf', 'awq', 'gptq', 'gguf' or 'lmtool' (a workspace)
-    config             as in config.json; for GGUF made from its metadata
+    config             as in config.json; for GGUF made from its metadata; of a LLaVA the language model's part
     generation_config  as in generation_config.json, {} when there is none
+    vision             of a LLaVA everything else; None: the model takes no pictures
     """
 
     path: Path
     format: str
     config: dict[str, Any]
     generation_config: dict[str, Any]
+    vision: "VisionPart | None"
 
     def names(self) -> list[str]: ...
 
@@ -121,9 +126,10 @@ class Checkpoint(Protocol):
         ...
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, *, tower: Path | None = None) -> Checkpoint:
     """Open a folder of HF files, a workspace or a ``.gguf`` file. Reads headers only.
 
+    tower: the folder of an original LLaVA 1.5's vision tower, where it is not to be looked for.
     Raises CheckpointError for whatever is missing, half there or corrupt, naming the file.
     """
     path = workspace_of(path)
@@ -134,13 +140,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
         return Workspace(path)
     if path.is_dir():
-        from lmtool.checkpoint.quantized import QuantizedCheckpoint, read_scheme
-        from lmtool.checkpoint.reader import HfCheckpoint
-
         _refuse_folder_without_weights(path)
-        folder = HfCheckpoint(path)
-        scheme = read_scheme(path, folder.config)
-        return folder if scheme is None else QuantizedCheckpoint(folder, scheme)
+        return _open_folder(path, tower)
     if path.suffix == ".gguf":
         from lmtool.checkpoint.gguf_checkpoint import GgufCheckpoint
 
@@ -148,6 +149,22 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.suffix in PICKLE_SUFFIXES:
         raise _pickle_error(path)
     raise CheckpointError(f"{path} is neither a folder nor a .gguf file", "give the folder that holds config.json")
+
+
+def _open_folder(path: Path, tower: Path | None) -> Checkpoint:
+    from lmtool.checkpoint.llava_config import architecture_of, language_config
+    from lmtool.checkpoint.quantized import QuantizedCheckpoint, read_scheme
+    from lmtool.checkpoint.reader import HfCheckpoint
+
+    folder = HfCheckpoint(path)
+    takes_pictures = architecture_of(folder.config) is not None
+    scheme = read_scheme(path, language_config(folder.config) if takes_pictures else folder.config)
+    checkpoint = folder if scheme is None else QuantizedCheckpoint(folder, scheme)
+    if not takes_pictures:
+        return checkpoint
+    from lmtool.checkpoint.vision import split
+
+    return split(checkpoint, tower)
 
 
 def _pickle_error(path: Path) -> CheckpointError:

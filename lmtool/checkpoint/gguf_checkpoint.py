@@ -4,7 +4,7 @@ K-quants and the like are unpacked by the `gguf` package. Does not know model fa
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,9 +15,13 @@ from lmtool.checkpoint.gguf_file import GgufFile
 from lmtool.checkpoint.staging import StoredTensor
 from lmtool.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from lmtool.checkpoint.vision import VisionPart
+
 
 class GgufCheckpoint:
     format = "gguf"
+    vision: "VisionPart | None" = None
 
     def __init__(self, path: Path) -> None:
         self.path = path

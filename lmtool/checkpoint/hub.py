@@ -99,6 +99,18 @@ def _download(hub_id: str, revision: str | None, download_dir: Path | None, allo
     return folder
 
 
+def cached_model(hub_id: str) -> Path | None:
+    """The folder of a model that was downloaded before, as it lies in the hub's cache; nothing is asked for."""
+    from huggingface_hub import errors, snapshot_download
+
+    if not HUB_ID.fullmatch(hub_id):
+        return None
+    try:
+        return Path(snapshot_download(hub_id, local_files_only=True))
+    except (errors.LocalEntryNotFoundError, errors.HFValidationError):
+        return None
+
+
 @contextmanager
 def _hub_errors_as_ours(hub_id: str, revision: str | None) -> "Iterator[None]":
     from huggingface_hub import constants, errors

@@ -7,7 +7,7 @@ Knows the tensors of the two formats (AutoAWQ's GEMM, AutoGPTQ's first and secon
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from lmtool.checkpoint.formats import Checkpoint, PackedInt4, PackedInt8, Stored
 from lmtool.checkpoint.packing import unpack_awq, unpack_gptq
 from lmtool.checkpoint.staging import StoredTensor
 from lmtool.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from lmtool.checkpoint.vision import VisionPart
 
 _PARTS = {"awq": ("qzeros", "scales"), "gptq": ("qzeros", "scales", "g_idx")}
 _WHAT_RUNS = "4-bit AWQ (version gemm) and 4- or 8-bit GPTQ run, in groups of 32, 64 or a multiple of 128"
@@ -68,6 +71,8 @@ def _runs(method: str, version: str, bits: object, group_size: object) -> bool:
 
 class QuantizedCheckpoint:
     """`Checkpoint` over one whose matrices are stored as ``qweight``, ``qzeros``, ``scales`` (and ``g_idx``)."""
+
+    vision: "VisionPart | None" = None
 
     def __init__(self, inner: Checkpoint, scheme: QuantScheme) -> None:
         self.path = inner.path

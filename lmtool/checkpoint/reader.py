@@ -7,7 +7,7 @@ touched would count as ours. Does not know model families.
 import json
 import re
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,6 +15,9 @@ from safetensors import SafetensorError, safe_open
 from lmtool.checkpoint.formats import PackedInt4, PackedInt8, StoredW4
 from lmtool.checkpoint.staging import StoredTensor
 from lmtool.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from lmtool.checkpoint.vision import VisionPart
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -53,6 +56,7 @@ class HfCheckpoint:
     """`Checkpoint` over a folder: one safetensors file, or several with or without an index."""
 
     format = "hf"
+    vision: "VisionPart | None" = None
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -5,7 +5,7 @@ families.
 """
 
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
@@ -19,6 +19,9 @@ from lmtool.checkpoint.staging import StoredTensor
 from lmtool.checkpoint.tensor_file import checksum, tensor_bytes
 from lmtool.errors import CheckpointError
 from lmtool.kernels.w4_layout import W4Tiles
+
+if TYPE_CHECKING:
+    from lmtool.checkpoint.vision import VisionPart
 
 FORMAT_VERSION = 1
 CONVERT_AGAIN = "convert the model again"
@@ -149,6 +152,7 @@ class Workspace:
     """`Checkpoint` over a workspace, whose names are the loader's own."""
 
     format = "lmtool"
+    vision: "VisionPart | None" = None
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -24,6 +24,7 @@ class HfView:
         self.format = workspace.format
         self.config: dict[str, Any] = workspace.config
         self.generation_config = workspace.generation_config
+        self.vision = workspace.vision
         self.tied = config.tie_word_embeddings
         self._workspace = workspace
         self._model = config
