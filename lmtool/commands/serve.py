@@ -57,7 +57,19 @@ RequestTimeout = Annotated[
     float, typer.Option(help="Seconds for a whole answer; 0: no limit.", rich_help_panel=_LIMITS)
 ]
 DrainTimeout = Annotated[float, typer.Option(help="Seconds for answers under way at SIGTERM.", rich_help_panel=_LIMITS)]
-MaxBodyMb = Annotated[float, typer.Option(help="Of one request.", rich_help_panel=_LIMITS)]
+MaxBodyMb = Annotated[
+    float | None,
+    typer.Option(help="Of one request (default: 8; 64 where the model takes pictures).", rich_help_panel=_LIMITS),
+]
+MaxImages = Annotated[int, typer.Option(help="Pictures in one request; 0: none.", rich_help_panel=_LIMITS)]
+AllowedImageHosts = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="HOST[:PORT]",
+        help="Fetch pictures from there (default: from nowhere); several times, or with commas.",
+        rich_help_panel=_LIMITS,
+    ),
+]
 
 
 @app.command("api-server")
@@ -78,7 +90,9 @@ def api_server(
     max_queue: MaxQueue = 1024,
     request_timeout: RequestTimeout = 600.0,
     drain_timeout: DrainTimeout = 30.0,
-    max_body_mb: MaxBodyMb = 8.0,
+    max_body_mb: MaxBodyMb = None,
+    max_images: MaxImages = 16,
+    allowed_image_hosts: AllowedImageHosts = None,
     device: options.Device = options.ENGINE_DEFAULTS.device,
     dtype: options.Dtype = options.ENGINE_DEFAULTS.dtype,
     model_format: options.ModelFormat = None,
@@ -130,7 +144,9 @@ def api_server(
         max_queue=max_queue,
         request_timeout_s=request_timeout,
         drain_timeout_s=drain_timeout,
-        max_body_bytes=int(max_body_mb * (1 << 20)),
+        max_body_bytes=None if max_body_mb is None else int(max_body_mb * (1 << 20)),
+        max_images=max_images,
+        allowed_image_hosts=tuple(host for hosts in allowed_image_hosts or () for host in hosts.split(",")),
         disable_docs=disable_docs,
         log_requests=log_requests,
     )

@@ -1,5 +1,6 @@
 """`PreparedImage`: a picture as a vision tower takes it, and the ids by which the engine knows its rows."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import shake_128
 
@@ -32,3 +33,8 @@ class PreparedImage:
         words = np.frombuffer(shake_128(self.digest).digest(8 * self.num_tokens), dtype="<i8")
         ids: list[int] = (words | np.int64(-(2**63))).tolist()
         return ids
+
+
+def count_tokens(prompt_ids: Sequence[int], images: Sequence[PreparedImage]) -> int:
+    """Tokens of a prompt in which `IMAGE_ID` stands for each of the pictures."""
+    return len(prompt_ids) - len(images) + sum(image.num_tokens for image in images)

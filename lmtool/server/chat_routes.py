@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 
 from lmtool.engine.sequence import Request as EngineRequest
 from lmtool.server.chat_answer import ChatAnswer
-from lmtool.server.chat_prompt import chat_prompt
+from lmtool.server.chat_prompt import chat_prompt, plain_messages
 from lmtool.server.chat_reader import ChatReader
 from lmtool.server.context import ServerContext
 from lmtool.server.disconnect import until_gone
@@ -26,7 +26,7 @@ from lmtool.server.translate import check_model, check_stream, generation, reque
 
 
 def chat_router(context: ServerContext) -> APIRouter:
-    router = APIRouter(route_class=json_route(context.config.max_body_bytes), tags=["OpenAI"])
+    router = APIRouter(route_class=json_route(context.max_body_bytes), tags=["OpenAI"])
 
     @router.post("/v1/chat/completions", responses=answers_documented(ChatCompletion, streams=True))
     async def create_chat_completion(body: ChatRequest, http: Request) -> Response:
@@ -48,11 +48,13 @@ async def _prepared(context: ServerContext, body: ChatRequest) -> tuple[list[Eng
     options = template_options(tokenizer, body.chat_template_kwargs, body.reasoning_effort)
     use = prepare(body.tools, body.tool_choice, body.parallel_tool_calls, tokenizer)
     config = generation(context, body, **_given(body, use))
-    prompt = await chat_prompt(tokenizer, body.messages, options, tool_use=use)
+    plain = plain_messages(body.messages, tokenizer)
+    images = await context.pictures.of(body.messages)
+    prompt = await chat_prompt(tokenizer, plain, options, images=images, tool_use=use)
     if prompt.opens_thought:
         config = replace(config, response_format=after_thought(config.response_format))
     num_choices = body.n or 1
-    asked = requests(context, [prompt.ids], config, num_choices, "messages")
+    asked = requests(context, [prompt.ids], config, num_choices, "messages", images)
     readers = [
         ChatReader(opens_thought=prompt.opens_thought, tools=use.reader() if use else None) for _ in range(num_choices)
     ]

@@ -1,9 +1,12 @@
 """What a server may be told: `ServerConfig`. Frozen; messages name the flag. Knows no engine."""
 
+import re
 from dataclasses import dataclass
 
 from lmtool.config import LOOPBACK
 from lmtool.errors import ConfigError
+
+_HOSTS = "names of hosts, as in pictures.example.org or pictures.example.org:8080"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,8 +21,9 @@ class ServerConfig:
     max_queue            requests that may wait for a place in the batch; more are refused with 429
     request_timeout_s    from a request's arrival to its end; 0: none
     drain_timeout_s      how long answers that are under way may go on after SIGTERM
-    max_body_bytes       of a request
-    max_n, max_stop, max_stop_chars, max_prompts   bounds of what one request may ask for
+    max_body_bytes       of a request; None: 8 MiB, and 64 for a model that takes pictures
+    max_n, max_stop, max_stop_chars, max_prompts, max_images   bounds of what one request may ask for
+    allowed_image_hosts  that pictures are fetched from, as 'host' or 'host:port'; none: they come in requests only
     max_sessions         conversations that are remembered for interactive chat and responses; the oldest go first
     disable_docs         no OpenAPI page
     log_requests         one line for each
@@ -36,11 +40,13 @@ class ServerConfig:
     max_queue: int = 1024
     request_timeout_s: float = 600.0
     drain_timeout_s: float = 30.0
-    max_body_bytes: int = 8 << 20
+    max_body_bytes: int | None = None
     max_n: int = 16
     max_stop: int = 16
     max_stop_chars: int = 256
     max_prompts: int = 128
+    max_images: int = 16
+    allowed_image_hosts: tuple[str, ...] = ()
     max_sessions: int = 10_000
     disable_docs: bool = False
     log_requests: bool = False
@@ -57,7 +63,9 @@ class ServerConfig:
         check(self.max_queue >= 0, "--max-queue", self.max_queue, "0 or more")
         check(self.request_timeout_s >= 0, "--request-timeout", self.request_timeout_s, "seconds, or 0: none")
         check(self.drain_timeout_s >= 0, "--drain-timeout", self.drain_timeout_s, "seconds, 0 or more")
-        check(self.max_body_bytes >= 1024, "--max-body-mb", self.max_body_bytes, "more")
+        check(self.max_body_bytes is None or self.max_body_bytes >= 1024, "--max-body-mb", self.max_body_bytes, "more")
+        check(self.max_images >= 0, "--max-images", self.max_images, "a number, or 0: none are taken")
+        check(all(map(_is_host, self.allowed_image_hosts)), "--allowed-image-hosts", self.allowed_image_hosts, _HOSTS)
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
             raise ConfigError("--ssl-keyfile and --ssl-certfile belong together", "give both or none")
 
@@ -65,3 +73,7 @@ class ServerConfig:
     def is_public(self) -> bool:
         """Others than this machine's users may reach it."""
         return self.host not in LOOPBACK
+
+
+def _is_host(text: str) -> bool:
+    return re.fullmatch(r"(\*\.)?([A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\])(:\d{1,5})?", text) is not None

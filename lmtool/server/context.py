@@ -5,40 +5,53 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lmtool.engine.requests import RequestMaker, default_generation
+from lmtool.images.form import ImageForm
 from lmtool.server.config import ServerConfig
 from lmtool.server.engine_client import EngineClient
 from lmtool.server.errors import Refusal
 from lmtool.server.metrics import Metrics
+from lmtool.server.pictures import Pictures
 from lmtool.server.sessions import SessionStore
 from lmtool.server.wire import EngineInfo, Stats
 from lmtool.tokenizer import Tokenizer
 
 _ID_BITS = 40  # of the requests of one HTTP process
+_BODY_BYTES, _BODY_WITH_PICTURES_BYTES = 8 << 20, 64 << 20  # two of 20 MB, as base64
 
 
 @dataclass(slots=True)
 class ServerContext:
-    """number: of this HTTP process among `config.num_http_processes`. draining: no new requests are taken.
-    sessions_path: a file, where there are several such processes; None: they are kept in this one's memory."""
+    """image_form: how the model takes pictures; None where it does not. number: of this HTTP process among
+    `config.num_http_processes`. draining: no new requests are taken. sessions_path: a file, where there are several
+    such processes; None: they are kept in this one's memory."""
 
     config: ServerConfig
     engine: EngineClient
     tokenizer: Tokenizer
+    image_form: ImageForm | None = None
     number: int = 0
     draining: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
     sessions_path: Path | None = None
     sessions: SessionStore = field(init=False)
     metrics: Metrics = field(init=False)
+    pictures: Pictures = field(init=False)
     _maker: RequestMaker | None = None
 
     def __post_init__(self) -> None:
         self.sessions = SessionStore(self.sessions_path, max_sessions=self.config.max_sessions)
         self.metrics = Metrics(self.config.model_names[0], self._figures)
+        self.pictures = Pictures(self.image_form, self.config, self.metrics)
 
     def _figures(self) -> tuple[EngineInfo, Stats] | None:
         info, stats = self.engine.info, self.engine.stats
         return None if info is None or stats is None else (info, stats)
+
+    @property
+    def max_body_bytes(self) -> int:
+        if self.config.max_body_bytes is not None:
+            return self.config.max_body_bytes
+        return _BODY_WITH_PICTURES_BYTES if self.pictures.are_taken else _BODY_BYTES
 
     @property
     def info(self) -> EngineInfo:

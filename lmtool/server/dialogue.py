@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from lmtool.engine.response import Response
+from lmtool.images.prepared import PreparedImage
 from lmtool.tokenizer import Tokenizer
 
 Message = dict[str, Any]
@@ -15,10 +16,12 @@ Message = dict[str, Any]
 
 class Dialogue(msgspec.Struct, frozen=True, array_like=True):
     """messages: as the chat template takes them, the last one an answer; ids: of all of it, as the engine computed it,
-    [] where its texts do not say the same (an answer that a stop text cut, or one with a thought or calls)."""
+    [] where its texts do not say the same (an answer that a stop text cut, or one with a thought or calls). images: of
+    the messages, in their order; each is an `IMAGE_ID` among the ids."""
 
     messages: list[Message]
     ids: list[int] = []
+    images: list[PreparedImage] = []
 
     @classmethod
     def of(
@@ -28,13 +31,14 @@ class Dialogue(msgspec.Struct, frozen=True, array_like=True):
         said: Message,
         made: Response,
         tokenizer: Tokenizer,
+        images: Sequence[PreparedImage] = (),
     ) -> "Dialogue":
         """The conversation with an answer, or as much as was made of one. said: the answer as a message."""
         ids = list(made.token_ids)
         if ids and ids[-1] in tokenizer.eos_ids:
             ids.pop()
         same = tokenizer.decode(ids) == said["content"] and "tool_calls" not in said
-        return cls([*messages, said], [*prompt_ids, *ids] if same else [])
+        return cls([*messages, said], [*prompt_ids, *ids] if same else [], list(images))
 
     def encode(self) -> bytes:
         return msgspec.msgpack.encode(self)

@@ -106,6 +106,7 @@ class Model(TypedDict):
     owned_by: str
     max_model_len: int | None
     generation_defaults: dict[str, float] | None
+    input_modalities: list[str]
 
 
 class Models(TypedDict):

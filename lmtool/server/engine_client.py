@@ -98,9 +98,9 @@ class EngineClient:
         if self._writer is None or self.info is None:
             raise EngineError("the engine is not ready", "ask again in a moment")
         stream = Stream(self, [request.request_id for request in requests])
-        for request in requests:
-            self._streams[request.request_id] = stream
-            self._send(Submit(request))
+        for choices in _by_prompt(requests):
+            self._streams.update((request.request_id, stream) for request in choices)
+            self._send(Submit.of(choices))
         return stream
 
     def abort(self, request_id: int) -> None:
@@ -195,3 +195,13 @@ class EngineClient:
     def _change(self) -> None:
         self._changed.set()
         self._on_change(self)
+
+
+def _by_prompt(requests: Sequence[Request]) -> list[list[Request]]:
+    """The choices of each prompt: all but its first one wait for that one."""
+    found: list[list[Request]] = []
+    for request in requests:
+        if request.after is None:
+            found.append([])
+        found[-1].append(request)
+    return found

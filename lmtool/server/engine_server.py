@@ -150,11 +150,12 @@ class _Connection:
         if isinstance(message, Abort):
             engine.abort(message.request_id)
             return
-        self._open.add(message.request.request_id)
-        try:
-            engine.submit(message.request, self._deliver)
-        except LmtoolError as error:
-            self._outbox.put([TokenOutput(message.request.request_id, None, "error", error=error)])
+        for request in message.requests():
+            self._open.add(request.request_id)
+            try:
+                engine.submit(request, self._deliver)
+            except LmtoolError as error:
+                self._outbox.put([TokenOutput(request.request_id, None, "error", error=error)])
 
     # ------------------------------------------------------------------ out
     def _write(self) -> None:

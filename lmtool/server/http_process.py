@@ -17,6 +17,7 @@ import uvicorn
 import uvloop
 
 from lmtool import log
+from lmtool.images.form import read_image_form
 from lmtool.server.app import create_app
 from lmtool.server.context import ServerContext
 from lmtool.server.engine_client import EngineClient
@@ -39,11 +40,13 @@ class _Uvicorn(uvicorn.Server):
 
 def make_context(orders: HttpOrders, on_change: Callable[[EngineClient], None] | None = None) -> ServerContext:
     """Raises CheckpointError and TokenizerError."""
-    tokenizer = load_tokenizer(Path(orders.path), chat_template=orders.chat_template)
+    path = Path(orders.path)
+    tokenizer = load_tokenizer(path, chat_template=orders.chat_template)
     return ServerContext(
         orders.config,
         EngineClient(Path(orders.engine_path), on_change),
         tokenizer,
+        read_image_form(path),
         number=orders.number,
         sessions_path=Path(orders.sessions_path) if orders.sessions_path is not None else None,
     )

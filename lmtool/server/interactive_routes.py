@@ -6,7 +6,7 @@ had been made, because that was seen; nothing where nothing had been made or whe
 """
 
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -15,8 +15,9 @@ from typing_extensions import TypedDict
 from lmtool.config import GenerationConfig
 from lmtool.engine.response import Response as Piece
 from lmtool.errors import InputError, LmtoolError
+from lmtool.images.prepared import PreparedImage, count_tokens
 from lmtool.server.answer_parts import finish_reason
-from lmtool.server.chat_prompt import plain_messages
+from lmtool.server.chat_prompt import num_chars, plain_messages
 from lmtool.server.context import ServerContext
 from lmtool.server.dialogue import Dialogue, Message, next_ids
 from lmtool.server.disconnect import until_gone
@@ -25,13 +26,14 @@ from lmtool.server.errors import Refusal
 from lmtool.server.generate import Answers
 from lmtool.server.json_body import json_route
 from lmtool.server.owner import owner_of
-from lmtool.server.protocol_chat import Message as ChatMessage
+from lmtool.server.pictures import Source, sources
 from lmtool.server.protocol_interactive import InteractiveRequest
 from lmtool.server.refusals import json_response
 from lmtool.server.sessions import Turn
 from lmtool.server.sse import DONE, EventStream, event
 from lmtool.server.tools_messages import conversation
 from lmtool.server.translate import named, off_the_loop, requests
+from lmtool.tokenizer import Tokenizer
 
 _NOTHING = {"text": "", "tokens": 0, "input_tokens": 0, "history_tokens": 0, "cached_tokens": 0, "finish_reason": None}
 
@@ -49,7 +51,7 @@ class InteractiveAnswer(TypedDict):
 
 
 def interactive_router(context: ServerContext) -> APIRouter:
-    router = APIRouter(route_class=json_route(context.config.max_body_bytes), tags=["LMDeploy"])
+    router = APIRouter(route_class=json_route(context.max_body_bytes), tags=["LMDeploy"])
 
     @router.post("/v1/chat/interactive", responses=answers_documented(InteractiveAnswer, streams=True))
     async def chat_interactive(body: InteractiveRequest, http: Request) -> Response:
@@ -112,9 +114,10 @@ class InteractiveTurn:
                 found = await self._context.sessions.get(self._owner, self._name)
                 past = Dialogue.decode(found) if found else None
             tokenizer = self._context.tokenizer
-            new = conversation(plain_messages(_messages(self._body), tokenizer), tokenizer)
+            new = conversation(_messages(self._body, tokenizer), tokenizer)
+            images = [*(past.images if past else ()), *await self._context.pictures.read(_sources(self._body))]
             ids, num_history = await self._read(past, new)
-            asked = requests(self._context, [ids], self._config, 1, "prompt")
+            asked = requests(self._context, [ids], self._config, 1, "prompt", images)
             made = Piece()
             try:
                 async with Answers(self._context, asked) as answers:
@@ -126,29 +129,33 @@ class InteractiveTurn:
                 made = Piece()
                 raise
             finally:
-                await self._keep([*(past.messages if past else ()), *new], ids, made)
+                await self._keep([*(past.messages if past else ()), *new], ids, images, made)
 
     async def _read(self, past: Dialogue | None, new: list[Message]) -> tuple[list[int], int]:
         """The prompt's ids, and how many of them are those of earlier turns."""
         tokenizer = self._context.tokenizer
 
         def read() -> tuple[list[int], int]:
-            num_history = len(past.ids or tokenizer.chat_ids(past.messages, add_generation_prompt=False)) if past else 0
-            return next_ids(past, new, tokenizer), num_history
+            ids = next_ids(past, new, tokenizer)
+            if past is None:
+                return ids, 0
+            before = past.ids or tokenizer.chat_ids(past.messages, add_generation_prompt=False)
+            return ids, count_tokens(before, past.images)
 
         try:
-            num_chars = sum(len(message["content"]) for message in [*new, *(past.messages if past else ())])
-            return await off_the_loop(num_chars, read)
+            return await off_the_loop(num_chars([*new, *(past.messages if past else ())]), read)
         except InputError as error:
             raise Refusal(400, error.cause, error.fix, param="prompt") from error
 
-    async def _keep(self, messages: list[Message], ids: list[int], made: Piece) -> None:
+    async def _keep(
+        self, messages: list[Message], ids: list[int], images: Sequence[PreparedImage], made: Piece
+    ) -> None:
         if self._body.session_id < 0 or not made.token_ids:
             return
         store = self._context.sessions
         if self._body.interactive_mode:
             said = {"role": "assistant", "content": made.text}
-            dialogue = Dialogue.of(messages, ids, said, made, self._context.tokenizer)
+            dialogue = Dialogue.of(messages, ids, said, made, self._context.tokenizer, images)
             await store.put(self._owner, self._name, dialogue.encode())
         else:
             await store.delete(self._owner, self._name)
@@ -165,8 +172,25 @@ def _part(piece: Piece, num_history: int) -> dict[str, Any]:
     }
 
 
-def _messages(body: InteractiveRequest) -> list[ChatMessage]:
-    return [ChatMessage(role="user", content=body.prompt)] if isinstance(body.prompt, str) else body.prompt
+def _messages(body: InteractiveRequest, tokenizer: Tokenizer) -> list[Message]:
+    if not isinstance(body.prompt, str):
+        return plain_messages(body.prompt, tokenizer)
+    pictures = [{"type": "image"} for _ in _urls(body)]
+    content = [*pictures, {"type": "text", "text": body.prompt}] if pictures else body.prompt
+    return [{"role": "user", "content": content}]
+
+
+def _sources(body: InteractiveRequest) -> list[Source]:
+    if isinstance(body.prompt, str):
+        return [Source(url, "image_url") for url in _urls(body)]
+    if body.image_url is not None:
+        fix = "put the pictures into the messages"
+        raise Refusal(400, "image_url is for a prompt that is a text", fix, param="image_url")
+    return list(sources(body.prompt, "prompt"))
+
+
+def _urls(body: InteractiveRequest) -> list[str]:
+    return [body.image_url] if isinstance(body.image_url, str) else body.image_url or []
 
 
 def _generation(context: ServerContext, body: InteractiveRequest) -> GenerationConfig:

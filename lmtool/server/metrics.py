@@ -52,6 +52,8 @@ class Metrics:
         self._success = Counter(
             "lmtool:request_success", "Requests that came to their end", ["model_name", "finished_reason"], registry=own
         )
+        self._image_seconds = histogram("image_preparation_seconds", "To fetch, read and cut a picture", _SECONDS)
+        self._images = Counter("lmtool:images", "Pictures that were read", ["model_name"], registry=own)
         self._registry = own
         if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
             self._registry = CollectorRegistry()
@@ -72,6 +74,11 @@ class Metrics:
             self._prompt_tokens.observe(piece.num_prompt_tokens)
             self._new_tokens.observe(piece.num_generated_tokens)
             self._success.labels(self._model_name, piece.finish_reason).inc()
+
+    def take_image(self, seconds: float) -> None:
+        """A picture that was read, and how long that took."""
+        self._images.labels(self._model_name).inc()
+        self._image_seconds.observe(seconds)
 
     def exposition(self) -> bytes:
         """Prometheus's text."""

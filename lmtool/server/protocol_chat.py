@@ -14,6 +14,21 @@ class TextPart(Strict):
     text: str
 
 
+class ImageUrl(Strict):
+    """url: a data URL, or an http(s) one of a host that the server was told of."""
+
+    url: str
+    detail: Literal["auto", "high"] | None = None
+
+
+class ImagePart(Strict):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
 class FunctionCall(Strict):
     """arguments: the text of a JSON object."""
 
@@ -28,12 +43,12 @@ class ToolCall(Strict):
 
 
 class Message(Strict):
-    """reasoning_content: of an earlier answer; what becomes of it is the template's business. refusal and annotations
-    come back with answers that clients send again; no template knows them.
+    """Pictures are for users' messages. reasoning_content: of an earlier answer; what becomes of it is the template's
+    business. refusal and annotations come back with answers that clients send again; no template knows them.
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Many[TextPart] | None = None
+    content: str | Many[Part] | None = None
     name: str | None = None
     reasoning_content: str | None = None
     tool_calls: Many[ToolCall] | None = None

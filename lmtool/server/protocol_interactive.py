@@ -15,6 +15,7 @@ class InteractiveRequest(Strict):
     interactive_mode   the session goes on after this turn; false ends it, and an empty prompt then only ends it
     cancel             end the turn that this session has under way, and answer nothing
     request_output_len null: up to the end of the context
+    image_url          pictures for a prompt that is a text: data URLs, or as in chat
     seed               not LMDeploy's
     """
 
@@ -32,6 +33,6 @@ class InteractiveRequest(Strict):
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    image_url: str | Annotated[Many[str], Field(min_length=1)] | None = None
     # of other kinds of models, and always absent
     adapter_name: None = None
-    image_url: None = None

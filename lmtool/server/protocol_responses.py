@@ -1,8 +1,8 @@
-"""The body of `/v1/responses`: text in, text and calls of functions out."""
+"""The body of `/v1/responses`: text and pictures in, text and calls of functions out."""
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from lmtool.server.protocol import Many, MaxTokens, Strict
 
@@ -18,12 +18,24 @@ class TextPart(Strict):
     logprobs: Annotated[Many[Any], Field(max_length=0)] | None = None
 
 
+class ImagePart(Strict):
+    """image_url: as `protocol_chat.ImageUrl` has it."""
+
+    type: Literal["input_image"]
+    image_url: str
+    detail: Literal["auto", "high"] | None = None
+    file_id: None = None
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
 class MessageItem(Strict):
     """id, status: of an earlier answer, given back."""
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Many[TextPart]
+    content: str | Many[Part]
     id: str | None = None
     status: Literal["in_progress", "completed", "incomplete"] | None = None
     phase: None = None
@@ -41,7 +53,7 @@ class CallItem(Strict):
 class ResultItem(Strict):
     type: Literal["function_call_output"]
     call_id: str
-    output: str | Many[TextPart]
+    output: str | Many[Part]
     id: str | None = None
     status: Literal["in_progress", "completed", "incomplete"] | None = None
 
@@ -62,7 +74,18 @@ class ReasoningItem(Strict):
     status: Literal["in_progress", "completed", "incomplete"] | None = None
 
 
-Item = MessageItem | CallItem | ResultItem | ReasoningItem
+def _kind(item: Any) -> Any:
+    """A message need not say that it is one."""
+    return item.get("type", "message") if isinstance(item, dict) else "message"
+
+
+Item = Annotated[
+    Annotated[MessageItem, Tag("message")]
+    | Annotated[CallItem, Tag("function_call")]
+    | Annotated[ResultItem, Tag("function_call_output")]
+    | Annotated[ReasoningItem, Tag("reasoning")],
+    Discriminator(_kind),
+]
 
 
 class FunctionTool(Strict):

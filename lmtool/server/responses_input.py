@@ -1,13 +1,18 @@
 """`/v1/responses`: what is asked, in the words of chat. Knows neither tokens nor what is remembered."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from lmtool.server import protocol_chat
 from lmtool.server.errors import Refusal
+from lmtool.server.pictures import Source, source_of
 from lmtool.server.protocol_chat import FunctionCall, Message, ToolCall
 from lmtool.server.protocol_responses import (
     CallItem,
+    ImagePart,
     Item,
     MessageItem,
+    Part,
     ReasoningItem,
     ResponsesRequest,
     ResultItem,
@@ -40,11 +45,11 @@ def _message(item: Item, thought: str | None) -> Message:
     match item:
         case MessageItem():
             own = thought if item.role == "assistant" else None
-            return Message(role=item.role, content=_text(item.content), reasoning_content=own)
+            return Message(role=item.role, content=_content(item.content), reasoning_content=own)
         case CallItem():
             return Message(role="assistant", content="", tool_calls=[_call(item)], reasoning_content=thought)
         case ResultItem():
-            return Message(role="tool", content=_text(item.output), tool_call_id=item.call_id)
+            return Message(role="tool", content=_content(item.output), tool_call_id=item.call_id)
         case ReasoningItem():
             raise AssertionError("reasoning is no message")
 
@@ -53,8 +58,32 @@ def _call(item: CallItem) -> ToolCall:
     return ToolCall(id=item.call_id, function=FunctionCall(name=item.name, arguments=item.arguments))
 
 
-def _text(content: str | list[TextPart]) -> str:
-    return content if isinstance(content, str) else "\n".join(part.text for part in content)
+def _content(content: str | Sequence[TextPart | ImagePart]) -> str | list[protocol_chat.Part]:
+    if isinstance(content, str):
+        return content
+    texts = [part.text for part in content if isinstance(part, TextPart)]
+    return "\n".join(texts) if len(texts) == len(content) else [_part(part) for part in content]
+
+
+def _part(part: TextPart | ImagePart) -> protocol_chat.Part:
+    if isinstance(part, TextPart):
+        return protocol_chat.TextPart(type="text", text=part.text)
+    url = protocol_chat.ImageUrl(url=part.image_url, detail=part.detail)
+    return protocol_chat.ImagePart(type="image_url", image_url=url)
+
+
+def pictures_of(body: ResponsesRequest) -> Iterator[Source]:
+    """In their order. Raises Refusal for one that is not in a message of the user."""
+    for i, item in enumerate(body.input if isinstance(body.input, list) else ()):
+        content, name = (item.output, "output") if isinstance(item, ResultItem) else (_said(item), "content")
+        for j, part in enumerate(content if isinstance(content, list) else ()):
+            if isinstance(part, ImagePart):
+                role = item.role if isinstance(item, MessageItem) else "tool"
+                yield source_of(part.image_url, role, f"input[{i}].{name}[{j}].image_url")
+
+
+def _said(item: Item) -> str | list[Part]:
+    return item.content if isinstance(item, MessageItem) else ""
 
 
 def tools_of(body: ResponsesRequest) -> list[dict[str, Any]]:

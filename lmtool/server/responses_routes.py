@@ -1,4 +1,4 @@
-"""`/v1/responses`: an answer that is remembered and can be gone on from. Text and functions only.
+"""`/v1/responses`: an answer that is remembered and can be gone on from. Text, pictures and functions.
 
 Each answer is remembered with the conversation that it ends, so that going on from it needs nothing else; it belongs to
 the API key that asked. An answer that failed, or whose client went away, is not remembered.
@@ -13,7 +13,8 @@ from fastapi import APIRouter, Request, Response
 
 from lmtool.engine.sequence import Request as EngineRequest
 from lmtool.errors import InputError, LmtoolError
-from lmtool.server.chat_prompt import ChatPrompt, chat_prompt, plain_messages
+from lmtool.images.prepared import PreparedImage
+from lmtool.server.chat_prompt import ChatPrompt, chat_prompt, num_chars, plain_messages
 from lmtool.server.chat_reader import ChatReader
 from lmtool.server.context import ServerContext
 from lmtool.server.dialogue import Dialogue, Message, next_ids
@@ -24,11 +25,10 @@ from lmtool.server.generate import Answers
 from lmtool.server.json_body import json_route
 from lmtool.server.owner import owner_of
 from lmtool.server.protocol import Generation
-from lmtool.server.protocol_chat import Message as ChatMessage
 from lmtool.server.protocol_responses import ResponsesRequest
 from lmtool.server.refusals import json_response
 from lmtool.server.responses_answer import ResponseAnswer, ResponseObject
-from lmtool.server.responses_input import messages_of, response_format_of, tool_choice_of, tools_of
+from lmtool.server.responses_input import messages_of, pictures_of, response_format_of, tool_choice_of, tools_of
 from lmtool.server.sse import EventStream
 from lmtool.server.template_options import template_options
 from lmtool.server.thought_form import after_thought
@@ -45,7 +45,7 @@ class Remembered(msgspec.Struct, frozen=True, array_like=True):
 
 
 def responses_router(context: ServerContext) -> APIRouter:
-    router = APIRouter(route_class=json_route(context.config.max_body_bytes), tags=["OpenAI"])
+    router = APIRouter(route_class=json_route(context.max_body_bytes), tags=["OpenAI"])
     has_keys = bool(context.config.api_keys)
 
     @router.post("/v1/responses", responses=answers_documented(ResponseObject, streams=True))
@@ -89,6 +89,7 @@ class ResponsesTurn:
     owner: str
     body: ResponsesRequest
     messages: list[Message]
+    prompt: ChatPrompt
     asked: list[EngineRequest]
     answer: ResponseAnswer
 
@@ -102,10 +103,11 @@ class ResponsesTurn:
         tokenizer = context.tokenizer
         use = prepare(tools_of(body), tool_choice_of(body), body.parallel_tool_calls, tokenizer)
         past = await _past(context, owner, body.previous_response_id)
-        earlier = [ChatMessage(**message) for message in past.dialogue.messages] if past else []
         new = messages_of(body)
         try:
-            prompt = await _prompt(context, body, past, [*earlier, *new], use)
+            images = [*(past.dialogue.images if past else ()), *await context.pictures.read(list(pictures_of(body)))]
+            fresh = plain_messages(new, tokenizer)
+            prompt = await _prompt(context, body, past, fresh, images, use)
         except (InputError, Refusal) as error:
             raise _of_input(error) from error
         settings = Generation(temperature=body.temperature, top_p=body.top_p)
@@ -117,8 +119,9 @@ class ResponsesTurn:
             context,
             owner,
             body,
-            plain_messages([*earlier, *new], tokenizer),
-            requests(context, [prompt.ids], config, 1, "input"),
+            [*(past.dialogue.messages if past else ()), *fresh],
+            prompt,
+            requests(context, [prompt.ids], config, 1, "input", images),
             ResponseAnswer(body, context.config.model_names[0], config, reader),
         )
 
@@ -158,8 +161,8 @@ class ResponsesTurn:
         said: Message = {"role": "assistant", "content": output.content}
         if output.calls:
             said["tool_calls"] = output.calls
-        ids = self.asked[0].prompt_ids
-        dialogue = Dialogue.of(self.messages, ids, said, made, self.context.tokenizer)
+        prompt, tokenizer = self.prompt, self.context.tokenizer
+        dialogue = Dialogue.of(self.messages, prompt.ids, said, made, tokenizer, prompt.images)
         response = msgspec.json.encode(self.answer.whole())
         content = msgspec.msgpack.encode(Remembered(response, dialogue, self.body.instructions))
         await self.context.sessions.put(self.owner, self.answer.id, content)
@@ -178,21 +181,22 @@ async def _prompt(
     context: ServerContext,
     body: ResponsesRequest,
     past: Remembered | None,
-    messages: Sequence[ChatMessage],
+    fresh: Sequence[Message],
+    images: Sequence[PreparedImage],
     use: ToolUse | None,
 ) -> ChatPrompt:
-    """Where nothing but messages was added, it begins with the ids that the past was computed with."""
+    """fresh: what is new. Where nothing but messages was added, it begins with the ids that the past was computed
+    with."""
     tokenizer = context.tokenizer
     options = template_options(tokenizer, None, body.reasoning.effort if body.reasoning else None)
-    has_calls = any(message.role == "tool" or message.tool_calls for message in messages)
-    instructions = [ChatMessage(role="system", content=body.instructions)] if body.instructions else []
+    head: list[Message] = [{"role": "system", "content": body.instructions}] if body.instructions else []
+    messages = [*head, *(past.dialogue.messages if past else ()), *fresh]
+    has_calls = any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
     if past is None or past.instructions != body.instructions or use or options or has_calls:
-        return await chat_prompt(tokenizer, [*instructions, *messages], options, tool_use=use)
-    head = plain_messages(instructions, tokenizer)
+        return await chat_prompt(tokenizer, messages, options, images=images, tool_use=use)
     whole = Dialogue([*head, *past.dialogue.messages], past.dialogue.ids)
-    fresh = plain_messages(messages[len(past.dialogue.messages) :], tokenizer)
-    num_chars = sum(len(message["content"]) for message in [*whole.messages, *fresh])
-    return ChatPrompt.of(await off_the_loop(num_chars, lambda: next_ids(whole, fresh, tokenizer)), tokenizer)
+    ids = await off_the_loop(num_chars(messages), lambda: next_ids(whole, fresh, tokenizer))
+    return ChatPrompt.of(ids, tokenizer, images)
 
 
 def _of_input(error: LmtoolError) -> LmtoolError:

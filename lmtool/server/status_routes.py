@@ -105,4 +105,5 @@ def _model(context: ServerContext, name: str) -> dict[str, Any]:
         "owned_by": "lmtool",
         "max_model_len": info.session_len if info else None,
         "generation_defaults": default_generation(info.generation_defaults) if info else None,
+        "input_modalities": ["text", "image"] if context.pictures.are_taken else ["text"],
     }

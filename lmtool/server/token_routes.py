@@ -3,31 +3,31 @@
 from fastapi import APIRouter, Response
 
 from lmtool.errors import InputError
-from lmtool.server.chat_prompt import chat_prompt
+from lmtool.images.prepared import IMAGE_ID
+from lmtool.server.chat_prompt import chat_prompt, plain_messages
 from lmtool.server.context import ServerContext
 from lmtool.server.documents import Detokenized, Encoded, Tokenized, answers_documented
 from lmtool.server.errors import Refusal
 from lmtool.server.json_body import json_route
-from lmtool.server.protocol_chat import Message
 from lmtool.server.protocol_tokens import DetokenizeRequest, EncodeRequest, TokenizeRequest
 from lmtool.server.refusals import json_response
 from lmtool.server.template_options import template_options
-from lmtool.server.translate import check_model, off_the_loop
+from lmtool.server.translate import check_model, check_places, off_the_loop
 from lmtool.tokenizer import Tokenizer
 
 
 def token_router(context: ServerContext) -> APIRouter:
-    router = APIRouter(route_class=json_route(context.config.max_body_bytes), tags=["tokens"])
+    router = APIRouter(route_class=json_route(context.max_body_bytes), tags=["tokens"])
     tokenizer = context.tokenizer
 
     @router.post("/tokenize", responses=answers_documented(Tokenized))
     async def tokenize(body: TokenizeRequest) -> Response:
         """Token ids of a prompt or of a conversation."""
         check_model(context, body.model)
-        ids = await _ids(tokenizer, body)
+        ids = await _ids(context, body)
         texts = None
         if body.return_token_strs:
-            texts = await off_the_loop(len(ids), lambda: [tokenizer.token_text(i) for i in ids])
+            texts = await off_the_loop(len(ids), lambda: ["" if i < 0 else tokenizer.token_text(i) for i in ids])
         length = context.info.session_len
         return json_response({"count": len(ids), "max_model_len": length, "tokens": ids, "token_strs": texts})
 
@@ -51,18 +51,25 @@ def token_router(context: ServerContext) -> APIRouter:
     return router
 
 
-async def _ids(tokenizer: Tokenizer, body: TokenizeRequest) -> list[int]:
+async def _ids(context: ServerContext, body: TokenizeRequest) -> list[int]:
+    """An `IMAGE_ID` for each row of a picture."""
+    tokenizer = context.tokenizer
     if body.messages is None:
         text = body.prompt or ""
         return await _text_ids(tokenizer, text, "prompt", add_special=body.add_special_tokens is not False)
     options = template_options(tokenizer, body.chat_template_kwargs, None)
     with_prompt = body.add_generation_prompt
-    return (await chat_prompt(tokenizer, body.messages, options, add_generation_prompt=with_prompt)).ids
+    plain = plain_messages(body.messages, tokenizer)
+    images = await context.pictures.of(body.messages)
+    ids = (await chat_prompt(tokenizer, plain, options, add_generation_prompt=with_prompt)).ids
+    check_places(ids, images, "messages")
+    rows = (image.num_tokens for image in images)
+    return [one for token_id in ids for one in ([token_id] * next(rows) if token_id == IMAGE_ID else [token_id])]
 
 
 async def _encoded(tokenizer: Tokenizer, text: str, body: EncodeRequest) -> list[int]:
     if body.do_preprocess:
-        return (await chat_prompt(tokenizer, [Message(role="user", content=text)], {})).ids
+        return (await chat_prompt(tokenizer, [{"role": "user", "content": text}], {})).ids
     return await _text_ids(tokenizer, text, "input", add_special=body.add_bos)
 
 

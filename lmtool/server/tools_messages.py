@@ -78,11 +78,16 @@ def _as_text(messages: Sequence[Message]) -> list[Message]:
                 found.append({"role": "user", "content": text})
             joinable = True
         elif joinable and message["role"] == "user":
-            found[-1]["content"] += f"\n\n{message['content']}"
+            found[-1]["content"] = _joined(found[-1]["content"], message["content"])
         else:
             found.append(_assistant_text(message) if "tool_calls" in message else message)
             joinable = False
     return found
+
+
+def _joined(text: str, content: Any) -> Any:
+    """content: a text, or parts where there are pictures among them."""
+    return f"{text}\n\n{content}" if isinstance(content, str) else [{"type": "text", "text": text}, *content]
 
 
 def _assistant_text(message: Message) -> Message:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from lmtool.config import GenerationConfig
 from lmtool.engine.sequence import Request
 from lmtool.errors import RequestError
+from lmtool.images.prepared import IMAGE_ID, PreparedImage, count_tokens
 from lmtool.server.context import ServerContext
 from lmtool.server.errors import Refusal
 from lmtool.server.protocol import Generation
@@ -117,9 +118,15 @@ async def off_the_loop(num_chars: int, make: Callable[[], T]) -> T:
 
 
 def requests(
-    context: ServerContext, prompts: Sequence[Sequence[int]], config: GenerationConfig, num_choices: int, param: str
+    context: ServerContext,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    num_choices: int,
+    param: str,
+    images: Sequence[PreparedImage] = (),
 ) -> list[Request]:
-    """The choices of each prompt, one prompt after the other. Raises Refusal for a prompt that does not fit."""
+    """The choices of each prompt, one prompt after the other. images: of the only prompt there is then. Raises Refusal
+    for a prompt that does not fit."""
     maker = context.maker
     if len(prompts) * num_choices > context.config.max_prompts:
         raise Refusal(
@@ -130,28 +137,43 @@ def requests(
         )
     made: list[Request] = []
     for ids in prompts:
-        _check_prompt(ids, maker.session_len, maker.vocab_size, param)
-        first = named(lambda ids=ids: maker.request(ids, config))  # type: ignore[misc]
+        _check_prompt(ids, maker.session_len, maker.vocab_size, param, images)
+        first = named(lambda ids=ids: maker.request(ids, config, images))  # type: ignore[misc]
         made.append(first)
         made += [
-            replace(maker.request(ids, _with_seed(config, i)), after=first.request_id) for i in range(1, num_choices)
+            replace(maker.request(ids, _with_seed(config, i), images), after=first.request_id)
+            for i in range(1, num_choices)
         ]
     return made
 
 
-def _check_prompt(ids: Sequence[int], session_len: int, vocab_size: int, param: str) -> None:
+def _check_prompt(
+    ids: Sequence[int], session_len: int, vocab_size: int, param: str, images: Sequence[PreparedImage]
+) -> None:
     if not ids:
         raise Refusal(400, "the prompt is empty", "give at least one token", param=param)
-    if len(ids) >= session_len:
+    check_places(ids, images, param)
+    number = count_tokens(ids, images)
+    if number >= session_len:
+        rows = sum(image.num_tokens for image in images)
+        of_images = f", {rows} of them of {len(images)} pictures," if images else ","
         raise Refusal(
             400,
-            f"the prompt has {len(ids)} tokens, the context holds {session_len} with the answer",
+            f"the prompt has {number} tokens{of_images} the context holds {session_len} with the answer",
             "shorten it",
             param=param,
             code="context_length_exceeded",
         )
     if max(ids) >= vocab_size:
         raise Refusal(400, f"{param}: token id {max(ids)} is outside the vocabulary of {vocab_size}", param=param)
+
+
+def check_places(ids: Sequence[int], images: Sequence[PreparedImage], param: str) -> None:
+    """Raises Refusal where the chat template has left out a picture."""
+    places = ids.count(IMAGE_ID)
+    if places != len(images):
+        cause = f"there are {len(images)} pictures, and this model's chat template has places for {places}"
+        raise Refusal(400, cause, "put them into messages of the user", param=param)
 
 
 def _with_seed(config: GenerationConfig, choice: int) -> GenerationConfig:

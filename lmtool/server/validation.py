@@ -36,7 +36,7 @@ _BOUNDS = {
 
 def of_validation(error: RequestValidationError) -> Refusal:
     """The first thing that is wrong."""
-    found = _meant(error.errors(), error.body)
+    found = _meant([_at_its_type(one) for one in error.errors()], error.body)
     one = found[0]
     kind = one["type"]
     if kind == "value_error":  # of a validator of ours
@@ -56,6 +56,17 @@ def of_validation(error: RequestValidationError) -> Refusal:
     return Refusal(400, what + _value(one), f"give {wanted}", param=param or None)
 
 
+def _at_its_type(found: Any) -> Any:
+    """What is wrong with an object whose type says its kind is wrong with its type."""
+    if found["type"] == "union_tag_not_found":
+        return {**found, "type": "missing", "loc": (*found["loc"], "type")}
+    if found["type"] == "union_tag_invalid":
+        context = {"expected": found["ctx"]["expected_tags"].replace(", ", " or ")}
+        loc, given = (*found["loc"], "type"), found["ctx"]["tag"]
+        return {**found, "type": "literal_error", "loc": loc, "input": given, "ctx": context}
+    return found
+
+
 def _meant(errors: Sequence[Any], body: Any) -> list[Any]:
     """Of a value that may be of several kinds, each kind complains: those that read furthest meant it, and among them
     those that it is one of."""
@@ -71,6 +82,8 @@ def _path(found: Any, body: Any) -> list[str | int]:
     loc = found["loc"][1:]
     for i, part in enumerate(loc):
         missing = found["type"] == "missing" and i == len(loc) - 1
+        if isinstance(body, dict) and i and isinstance(loc[i - 1], int) and part == body.get("type"):
+            continue  # the kind of an object in a list, and not a field of the same name
         if isinstance(body, dict) and isinstance(part, str) and (part in body or missing):
             body = body.get(part)
             path.append(part)

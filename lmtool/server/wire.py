@@ -4,7 +4,8 @@ A frame is its length, 4 bytes, little-endian, and a message. Nearly all that co
 requests, so these are columns of numbers (`Tokens`); whatever says more than a token is an `Output`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -18,9 +19,19 @@ _LENGTH_BYTES = 4
 
 # ------------------------------------------------------------------ to the engine
 class Submit(msgspec.Struct, tag=True, frozen=True, array_like=True):
-    """Ids of requests are those of this connection."""
+    """The choices of one prompt; ids of requests are those of this connection. The pictures of the first one are those
+    of all: they are megabytes."""
 
-    request: Request
+    choices: list[Request]
+
+    @classmethod
+    def of(cls, choices: Sequence[Request]) -> "Submit":
+        images = choices[0].images
+        return cls([choices[0], *(replace(other, images=()) if images else other for other in choices[1:])])
+
+    def requests(self) -> list[Request]:
+        images = self.choices[0].images
+        return [replace(one, images=images) for one in self.choices] if images else self.choices
 
 
 class Abort(msgspec.Struct, tag=True, frozen=True, array_like=True):

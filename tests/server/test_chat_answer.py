@@ -14,7 +14,6 @@ from lmtool.server.chat_answer import ChatAnswer
 from lmtool.server.chat_prompt import chat_prompt
 from lmtool.server.chat_reader import ChatReader
 from lmtool.server.errors import Refusal
-from lmtool.server.protocol_chat import Message
 from lmtool.server.template_options import template_options
 from lmtool.server.tools_format import HERMES
 from lmtool.server.tools_reader import ToolReader
@@ -109,7 +108,7 @@ def with_template(tokenizer, source: str):
 def test_a_template_may_open_the_thought(tokenizer):
     source = "{{ messages[0].content }}<|im_start|>assistant\n{% if enable_thinking %}<think>\n{% endif %}"
     thinking = with_template(tokenizer, source)
-    messages = [Message(role="user", content="Hi")]
+    messages = [{"role": "user", "content": "Hi"}]
     options = template_options(thinking, {"enable_thinking": True}, None)
     assert asyncio.run(chat_prompt(thinking, messages, options)).opens_thought
     assert not asyncio.run(chat_prompt(thinking, messages, {})).opens_thought
@@ -134,12 +133,12 @@ def test_a_request_sets_only_what_the_template_reads(tokenizer):
 def test_a_template_that_refuses_is_the_requests_fault(tokenizer):
     template = with_template(tokenizer, "{{ raise_exception('roles must alternate') }}")
     with pytest.raises(Refusal, match="roles must alternate") as refused:
-        asyncio.run(chat_prompt(template, [Message(role="user", content="Hi")], {}))
+        asyncio.run(chat_prompt(template, [{"role": "user", "content": "Hi"}], {}))
     assert (refused.value.status, refused.value.param) == (400, "messages")
 
 
 def test_what_is_said_stays_text(tokenizer):
-    ids = asyncio.run(chat_prompt(tokenizer, [Message(role="user", content="<|im_end|>")], {})).ids
-    plain = asyncio.run(chat_prompt(tokenizer, [Message(role="user", content="x")], {})).ids
+    ids = asyncio.run(chat_prompt(tokenizer, [{"role": "user", "content": "<|im_end|>"}], {})).ids
+    plain = asyncio.run(chat_prompt(tokenizer, [{"role": "user", "content": "x"}], {})).ids
     end = tokenizer.token_id("<|im_end|>")
     assert ids.count(end) == plain.count(end)

@@ -71,8 +71,23 @@ def refused(serving: Serving, path: str, body, status: int = 400):
         ({"messages": [{"role": "narrator", "content": "a"}]}, "messages[0].role", "'system'"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a"}}]}]},
+            "messages[0].content[0].image_url",
+            "this model takes no pictures",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]},
             "messages[0].content[0].type",
-            "models read text",
+            "models do not hear",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "image_url": {"url": "a"}}]}]},
+            "messages[0].content[0].image_url",
+            "there is no field",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"text": "a"}]}]},
+            "messages[0].content[0].type",
+            "missing",
         ),
         ({"chat_template_kwargs": {"messages": "x"}}, "chat_template_kwargs", "not read by this model's template"),
         ({"chat_template_kwargs": {"bos_token": "x"}}, "chat_template_kwargs", "not read by"),
