@@ -27,6 +27,7 @@ EXPECTED = {
     "\n\nQ1<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nA1<|eot_id|><|start_header_id|>user"
     "<|end_header_id|>\n\nQ2<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
     "mistral": "<s>[INST] SYS\n\nQ1 [/INST]A1</s>[INST] Q2 [/INST]",
+    "llava": "<s>SYS USER: Q1 ASSISTANT: A1</s>USER: Q2 ASSISTANT:",
     "vicuna": "<s>SYS USER: Q1 ASSISTANT: A1</s>USER: Q2 ASSISTANT:",
 }
 EXPECTED |= {"qwen": EXPECTED["chatml"], "internlm2": "<s>" + EXPECTED["chatml"]}
@@ -43,7 +44,7 @@ def test_built_in_templates(name: str) -> None:
     assert "{{ 1 + 1 }} {% raw %}" in with_braces  # a message is data, not template
 
 
-@pytest.mark.parametrize("name", ["llama2", "mistral", "vicuna"])
+@pytest.mark.parametrize("name", ["llama2", "llava", "mistral", "vicuna"])
 def test_built_in_templates_refuse_what_their_models_never_saw(name: str) -> None:
     with pytest.raises(TokenizerError, match="the roles must alternate user, assistant"):
         built_in(name).render([TALK[1], TALK[1]], True, TOKENS, {})
@@ -59,6 +60,7 @@ def test_built_in_templates_refuse_what_their_models_never_saw(name: str) -> Non
         ("Llama-2-7b-chat", "llama2"),
         ("llama2", "llama2"),
         ("vicuna-v1.5", "vicuna"),
+        ("llava-v1.5-7b", "llava"),
         ("gpt", None),
     ],
 )

@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -17,14 +17,18 @@ from lmtool.errors import TokenizerError
 
 if TYPE_CHECKING:
     from jinja2 import Template
+    from jinja2.ext import Extension
 
-BUILT_IN = ("chatml", "internlm", "internlm2", "llama2", "llama3", "mistral", "qwen", "vicuna")
+BUILT_IN = ("chatml", "internlm", "internlm2", "llama2", "llama3", "llava", "mistral", "qwen", "vicuna")
 # what an architecture is spoken to with when its checkpoint does not say; a Llama may be anything
 BY_ARCHITECTURE = {
     "InternLMForCausalLM": "internlm",
     "InternLM2ForCausalLM": "internlm2",
     "QWenLMHeadModel": "qwen",
+    "LlavaLlamaForCausalLM": "llava",
+    "LlavaMistralForCausalLM": "mistral",
 }
+_PROBE = "Which form does this template take?"
 
 
 class ChatTemplate:
@@ -37,6 +41,22 @@ class ChatTemplate:
     def __init__(self, source: str, origin: str) -> None:
         self.source = source
         self.origin = origin
+        self._takes_parts: bool | None = None
+
+    def takes_parts(self, tokens: Mapping[str, str], image_token: str) -> bool:
+        """Whether a message's content is to be a list of parts: found out by showing it one with a picture."""
+        if self._takes_parts is None:
+            parts = self._shown([{"type": "image"}, {"type": "text", "text": _PROBE}], tokens)
+            shows_parts = _PROBE in parts and "'type'" not in parts  # and not the list as Python writes it
+            self._takes_parts = shows_parts and (image_token in parts or _PROBE not in self._shown(_PROBE, tokens))
+        return self._takes_parts
+
+    def _shown(self, content: Any, tokens: Mapping[str, str]) -> str:
+        """'' where the template refuses it."""
+        try:
+            return self.render([{"role": "user", "content": content}], True, tokens, {})
+        except TokenizerError:
+            return ""
 
     def render(
         self,
@@ -77,7 +97,7 @@ class ChatTemplate:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _generation_tag()]
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
@@ -89,6 +109,23 @@ class ChatTemplate:
                 f"the chat template of {self.origin} is not valid Jinja: {_one_line(error)}",
                 "give another one with --chat-template NAME|FILE",
             ) from error
+
+
+@cache
+def _generation_tag() -> "type[Extension]":
+    """{% generation %} … {% endgeneration %}: for training, what is between is what the model learns to say."""
+    from jinja2.ext import Extension
+    from jinja2.nodes import Node
+    from jinja2.parser import Parser
+
+    class Generation(Extension):
+        tags = {"generation"}
+
+        def parse(self, parser: Parser) -> list[Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    return Generation
 
 
 def _one_line(error: Exception) -> str:

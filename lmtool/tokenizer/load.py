@@ -11,6 +11,7 @@ from typing import Any
 from lmtool.checkpoint.gguf_file import GgufFile
 from lmtool.checkpoint.manifest import MANIFEST, workspace_of
 from lmtool.errors import TokenizerError
+from lmtool.images import llava_config
 from lmtool.tokenizer import bpe, chat_template, sentencepiece_model, tiktoken_model
 from lmtool.tokenizer.tokenizer import Tokenizer
 from lmtool.tokenizer.vocabulary import Vocabulary
@@ -19,6 +20,7 @@ from lmtool.tokenizer.vocabulary import Vocabulary
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<eoa>", "<|end|>")
 # their remote tokenizers are sentencepiece; a converted tokenizer.json gives other ids
 SENTENCEPIECE_ARCHITECTURES = ("InternLMForCausalLM", "InternLM2ForCausalLM")
+IMAGE_TOKENS = dict.fromkeys((*llava_config.OF_TRANSFORMERS, *llava_config.ORIGINALS), "<image>")
 
 
 def load_tokenizer(path: Path, *, chat_template: str | None = None) -> Tokenizer:
@@ -52,7 +54,7 @@ def _from_folder(folder: Path, template_choice: str | None) -> Tokenizer:
     bos_id = vocabulary.token_id(tokens["bos_token"]) if "bos_token" in tokens else None
     if bos_id is not None and _adds(settings, "add_bos_token", vocabulary) and prefix[:1] != [bos_id]:
         prefix = [bos_id, *prefix]
-    own = _own_templates(folder, settings) | _templates_of(workspace)
+    own = _own_templates(folder, settings, architecture in IMAGE_TOKENS) | _templates_of(workspace)
     template = _template(own, folder, template_choice, architecture, generation)
     eos_text = tokens.get("eos_token")
     return Tokenizer(
@@ -63,12 +65,14 @@ def _from_folder(folder: Path, template_choice: str | None) -> Tokenizer:
             template,
             generation.get("eos_token_id"),
             config.get("eos_token_id"),
+            (config.get("text_config") or {}).get("eos_token_id"),
             vocabulary.token_id(eos_text) if eos_text else None,
         ),
         prefix_ids=tuple(prefix),
         suffix_ids=tuple(suffix),
         tokens=tokens,
         template=template,
+        image_token=IMAGE_TOKENS.get(architecture or ""),
         source=str(folder),
     )
 
@@ -126,10 +130,17 @@ def _special_texts(settings: Mapping[str, Any]) -> dict[str, str]:
     return texts
 
 
-def _own_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
-    """name -> Jinja. A file of its own goes before tokenizer_config.json, as in transformers."""
+def _own_templates(folder: Path, settings: Mapping[str, Any], takes_images: bool) -> dict[str, str]:
+    """name -> Jinja. A file of its own goes before tokenizer_config.json, as in transformers.
+
+    takes_images: what the processor of texts and pictures has goes before what its tokenizer has.
+    """
     templates: dict[str, str] = {}
-    stored = settings.get("chat_template") or _json(folder / "chat_template.json").get("chat_template")
+    of_tokenizer = settings.get("chat_template")
+    of_processor = _json(folder / "chat_template.json").get("chat_template")
+    if takes_images:
+        of_processor = of_processor or _json(folder / "processor_config.json").get("chat_template")
+    stored = of_processor or of_tokenizer if takes_images else of_tokenizer or of_processor
     if isinstance(stored, str):
         templates["default"] = stored
     elif isinstance(stored, list):

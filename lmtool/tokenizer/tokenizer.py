@@ -3,17 +3,17 @@
 Knows neither files nor the libraries behind the vocabulary.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from lmtool.errors import RequestError, TokenizerError
+from lmtool.images.prepared import IMAGE_ID
 from lmtool.tokenizer.chat_template import BUILT_IN, ChatTemplate
+from lmtool.tokenizer.fence import Fence
+from lmtool.tokenizer.parts import as_parts, as_text, check_content, has_pictures
 from lmtool.tokenizer.vocabulary import Vocabulary
 
-# Unicode's noncharacters: never part of text, so they can mark a place in it
-NONCHARACTERS = tuple(chr(code) for code in range(0xFDD0, 0xFDF0))
 NO_OPTIONS: Mapping[str, Any] = {}
 
 
@@ -26,6 +26,8 @@ class Tokenizer:
     prefix_ids, suffix_ids   what `add_special` puts around a text
     tokens      texts of bos_token, eos_token, … for the chat template
     template    None for a base model
+    image_token what stands for a picture in the template's prompts, '<image>'; None for a model without pictures. The
+                vocabulary may have it (llava-hf) or not (LLaVA's own checkpoints)
     source      the checkpoint, for messages to the user
     """
 
@@ -36,6 +38,7 @@ class Tokenizer:
     suffix_ids: tuple[int, ...] = ()
     tokens: Mapping[str, str] = field(default_factory=dict)
     template: ChatTemplate | None = None
+    image_token: str | None = None
     source: str = "this model"
 
     @property
@@ -61,9 +64,9 @@ class Tokenizer:
         return [*self.prefix_ids, *ids, *self.suffix_ids] if add_special else ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """Text of ids; bytes that are not UTF-8 become U+FFFD. Ids beyond the vocabulary have no text."""
+        """Text of ids; bytes that are not UTF-8 become U+FFFD. Ids beyond the vocabulary and pictures have no text."""
         hidden = self.vocabulary.special if skip_special else frozenset()
-        data = b"".join(self.vocabulary.token_bytes(i) for i in ids if i not in hidden)
+        data = b"".join(self.vocabulary.token_bytes(i) for i in ids if i >= 0 and i not in hidden)
         if self.strips_leading_space:
             data = data.removeprefix(b" ")
         return data.decode("utf-8", errors="replace")
@@ -90,9 +93,11 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         options: Mapping[str, Any] = NO_OPTIONS,
     ) -> str:
-        """The prompt text of a conversation.
+        """The prompt text of a conversation. A message's content is a text, or a list of parts: {"type": "text",
+        "text": …} and {"type": "image"}, whose places in the prompt `image_token` takes.
 
-        Raises TokenizerError without a template or where the template refuses, RequestError for malformed messages.
+        Raises TokenizerError without a template or where the template refuses, RequestError for malformed messages
+        and for pictures that the model does not take.
         """
         if self.template is None:
             raise TokenizerError(
@@ -100,7 +105,7 @@ class Tokenizer:
                 f"give one with --chat-template NAME|FILE ({', '.join(BUILT_IN)})",
             )
         _check_messages(messages)
-        return self.template.render(messages, add_generation_prompt, self.tokens, options)
+        return self.template.render(self._as_it_takes(messages), add_generation_prompt, self.tokens, options)
 
     def chat_ids(
         self,
@@ -109,22 +114,65 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         options: Mapping[str, Any] = NO_OPTIONS,
     ) -> list[int]:
-        """Ids of the prompt. Only the template makes special tokens: '<|im_end|>' inside a message or an option, such
-        as a tool's description, stays text.
+        """Ids of the prompt, with `IMAGE_ID` for each picture. Only the template makes special tokens and places of
+        pictures: '<|im_end|>' or '<image>' inside a message or an option, such as a tool's description, stays text.
 
-        The template is the whole prompt, so no BOS is added to the one it writes.
+        The template is the whole prompt, so no BOS is added to the one it writes. Raises what `render_chat` does.
         """
-        marks = _unused_marks([*messages, options])
         names = {self.vocabulary.token_bytes(i).decode("utf-8", "replace") for i in self.vocabulary.special}
-        fenced = [_fence(message, names - {""}, marks) for message in messages]
-        options = _fence(options, names - {""}, marks)
-        text = self.render_chat(fenced, add_generation_prompt=add_generation_prompt, options=options)
+        names |= {self.image_token or ""}
+        fence = Fence(names - {""}, messages, options)
+        prompt = self.render_chat(
+            [fence.around(message) for message in messages],
+            add_generation_prompt=add_generation_prompt,
+            options=fence.around(options),
+        )
         ids: list[int] = []
-        begin, end = marks
-        for i, part in enumerate(re.split(f"{begin}([^{begin}{end}]*){end}", text)):
-            # a template that cuts a message in the middle of a fence leaves one mark, and no whole name
-            part = part.replace(begin, "").replace(end, "")
-            ids += self.encode(part, add_special=False, parse_special=i % 2 == 0)
+        for piece, is_template in fence.cut(prompt):
+            ids += self._template_ids(piece) if is_template else self._plain_ids(piece)
+        if self.image_token is not None and tuple(ids[: len(self.prefix_ids)]) != self.prefix_ids:
+            ids = [*self.prefix_ids, *ids]  # llava-hf's templates leave BOS to the tokenizer
+        return ids
+
+    def _as_it_takes(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        """Contents in the form that the template takes."""
+        contents = [message.get("content") for message in messages]
+        for i, content in enumerate(contents):
+            check_content(i, content)
+            if self.image_token is None and has_pictures(content):
+                raise RequestError(f"{self.source} takes no pictures", "load a model that does, such as LLaVA")
+        if self.image_token is None and not any(isinstance(content, list | tuple) for content in contents):
+            return messages
+        assert self.template is not None
+        if self.image_token is not None and self.template.takes_parts(self.tokens, self.image_token):
+            formed = [as_parts(content) for content in contents]
+        else:
+            formed = [as_text(content, self.image_token or "") for content in contents]
+        return [
+            {**message, "content": content} if "content" in message else message
+            for message, content in zip(messages, formed, strict=True)
+        ]
+
+    def _template_ids(self, text: str) -> list[int]:
+        """Ids of what the template wrote. A vocabulary without the picture's token never saw it: the text is cut there
+        and each piece stands for itself, as in LLaVA's own `tokenizer_image_token`."""
+        if self.image_token is None:
+            return self.encode(text, add_special=False, parse_special=True)
+        token_id = self.vocabulary.token_id(self.image_token)
+        pieces = [text] if token_id is not None else text.split(self.image_token)
+        ids: list[int] = []
+        for i, piece in enumerate(pieces):
+            ids += [IMAGE_ID] if i else []
+            found = self.encode(piece, add_special=False, parse_special=True)
+            ids += [IMAGE_ID if i == token_id else i for i in found]
+        return ids
+
+    def _plain_ids(self, text: str) -> list[int]:
+        """Ids of a name that somebody said."""
+        ids = self.encode(text, add_special=False)
+        if text == self.image_token and self.vocabulary.token_id(text) in ids:
+            # the library makes a token that was added as an ordinary one wherever its whole name stands
+            return [*self.encode(text[:1], add_special=False), *self.encode(text[1:], add_special=False)]
         return ids
 
 
@@ -143,36 +191,3 @@ def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise RequestError(f"message {i} has no role", 'give messages as {"role": "user", "content": "…"}')
-
-
-def _strings(value: Any) -> list[str]:
-    """Every text inside a message."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, Mapping):
-        return [text for item in value.values() for text in _strings(item)]
-    return [text for item in value for text in _strings(item)] if isinstance(value, list | tuple) else []
-
-
-def _unused_marks(messages: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    used = set().union(*(set(text) for message in messages for text in _strings(message)))
-    free = [mark for mark in NONCHARACTERS if mark not in used]
-    if len(free) < 2:
-        raise RequestError("the messages use every Unicode noncharacter", "take out U+FDD0 to U+FDEF")
-    return free[0], free[1]
-
-
-def _fence(value: Any, names: set[str], marks: tuple[str, str]) -> Any:
-    """The same message with each special token's name between two marks, so that it can be told from the template's.
-
-    Only such names are fenced: any other text reaches the tokenizer in one piece, as the model was trained.
-    """
-    if isinstance(value, str):
-        found = [name for name in names if name in value]
-        if not found:
-            return value
-        pattern = "|".join(re.escape(name) for name in sorted(found, key=len, reverse=True))
-        return re.sub(pattern, lambda match: marks[0] + match[0] + marks[1], value)
-    if isinstance(value, Mapping):
-        return {key: _fence(item, names, marks) for key, item in value.items()}
-    return [_fence(item, names, marks) for item in value] if isinstance(value, list | tuple) else value
