@@ -63,6 +63,7 @@ class Batch:
 
     saves        (block, host block) whose content goes to the host; the step's kernels may overwrite the block
     loads        blocks that come back from the host, whenever: no sequence of this step reads them
+    copies       (block, block) whose content goes from one to the other, all read before any is written
     new_blocks   (slot, index in its block table, block)
     decodes      slots whose last token (which the runner holds) is computed; position is num_tokens - 1
     positions    the position of each decode's token
@@ -72,6 +73,7 @@ class Batch:
 
     saves: list[tuple[int, int]] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
     joins: list[Join] = field(default_factory=list)
     leaves: list[int] = field(default_factory=list)
     new_blocks: list[tuple[int, int, int]] = field(default_factory=list)

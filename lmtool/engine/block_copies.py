@@ -27,17 +27,17 @@ from lmtool.layers.kv_store import KvStore
 
 _log = logging.getLogger(__name__)
 _NUM_REGIONS = 4
+_NUM_WITHIN = 2  # rows through which blocks are copied on the device
 _LOAD_SHARE = 4  # of the staging buffer: one in so many rows
 
 
 class Staging:
     """rows [num_rows, block_bytes] uint8 on the device: each as a block is on the host."""
 
-    def __init__(self, num_rows: int, tensors: Sequence[Tensor], block_bytes: int) -> None:
+    def __init__(self, num_rows: int, tensors: Sequence[Tensor]) -> None:
         """tensors: everything that blocks hold, each [Hkv, NB, …]."""
         self.device = tensors[0].device
         self._pieces = kernels.block_pieces(tensors)
-        assert self._pieces.row_words * 8 == block_bytes, "the plan's bytes are those of the tensors"
         self._words = torch.empty(num_rows, self._pieces.row_words, dtype=torch.int64, device=self.device)
         self.rows = self._words.view(torch.uint8)
 
@@ -67,7 +67,8 @@ class BlockCopies:
         """Raises MemoryShortError."""
         self.plan = plan
         self._host = HostBlocks(plan, tensors[0].device, progress)
-        self._staging = Staging(plan.num_staging, tensors, plan.block_bytes)
+        self._staging = Staging(plan.num_staging, tensors)
+        assert self._staging.rows.shape[1] == plan.block_bytes, "the plan's bytes are those of the tensors"
         self._device = self._staging.device
         self._index = self._device.index or 0 if self._device.type == "cuda" else -1  # -1: nothing to choose
         self._num_load_rows = plan.num_staging // _LOAD_SHARE
@@ -153,21 +154,36 @@ class BlockCopies:
         return num_blocks * self.plan.block_bytes / min(seconds)
 
 
-class HostCopies:
-    """What runners of both kinds do for the host tier: a base of theirs."""
+class RunnerCopies:
+    """What runners of both kinds do with whole blocks: a base of theirs."""
 
-    def __init__(self, caches: Sequence[KvStore], host: HostPlan | None, progress: StartProgress | None = None) -> None:
+    def __init__(
+        self,
+        caches: Sequence[KvStore],
+        host: HostPlan | None,
+        progress: StartProgress | None = None,
+    ) -> None:
         """host None: there is no tier. Raises MemoryShortError."""
         self._copies = None
         self.load_bytes_per_s = 0.0
+        tensors = [tensor for cache in caches for tensor in cache.tensors()]
+        self._within = Staging(_NUM_WITHIN, tensors)
         if host is not None:
-            self._copies = BlockCopies([tensor for cache in caches for tensor in cache.tensors()], host, progress)
+            self._copies = BlockCopies(tensors, host, progress)
             self.load_bytes_per_s = self._copies.measure()
             _log.info("blocks come back from the host at %.1f GB/s", self.load_bytes_per_s / 1e9)
 
     def copy(self, saves: Sequence[tuple[int, int]], loads: Sequence[Load]) -> None:
         assert self._copies is not None, "no host tier"
         self._copies.begin(saves, loads)
+
+    def copy_within(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Blocks' contents into other blocks, in the current stream. A block that was written to is read by none of
+        the pairs after it, so they may go few by few."""
+        for first in range(0, len(pairs), _NUM_WITHIN):
+            part = pairs[first : first + _NUM_WITHIN]
+            self._within.gather([block for block, _ in part], 0)
+            self._within.scatter([copy for _, copy in part], 0)
 
     def copied(self, *, wait: bool) -> CopiesDone:
         return self._copies.over(wait=wait) if self._copies is not None else CopiesDone()

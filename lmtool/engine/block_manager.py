@@ -14,6 +14,7 @@ from lmtool.engine.host_tier import HostTier
 from lmtool.engine.prefix_index import PrefixIndex, hash_block
 
 _ROOT = b""
+_LEAST_COPIED = 4  # one in so many tokens of a block: fewer are computed sooner than a block is copied
 
 
 @dataclass(slots=True)
@@ -23,12 +24,15 @@ class Match:
     blocks      in their order; 0 stands where one is on the host. The last may be partly filled
     hashes      of the full ones
     on_host     (index in ``blocks``, host block)
-    num_tokens  that they hold
+    part_of     a full block whose beginning comes after those, and which is somebody else's; 0: none. It is to be
+                copied into a block of one's own
+    num_tokens  that all of them hold
     """
 
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
     on_host: list[tuple[int, int]] = field(default_factory=list)
+    part_of: int = 0
     num_tokens: int = 0
 
 
@@ -143,10 +147,27 @@ class BlockManager:
             self._index.remove(tail)  # it will be written to: nobody else may find it
             match.blocks.append(tail)
             match.num_tokens += shared
+        elif self.keep_tails and not match.on_host:
+            self._share_part(match, parent, wanted)
         return match
+
+    def _share_part(self, match: Match, parent: bytes, wanted: array[int]) -> None:
+        shared, block = self._index.best_part(parent, wanted)
+        # a copy is worth some tokens; or a row of a picture, for which the whole picture would be encoded again
+        if shared * _LEAST_COPIED >= self.block_size or (shared and min(wanted[:shared]) < 0):
+            self._own(block)
+            match.part_of = block
+            match.num_tokens += shared
+
+    def drop_part(self, match: Match) -> None:
+        """It is copied by now, in the order of the stream, or will not be."""
+        if match.part_of:
+            self.free([match.part_of])
+            match.part_of = 0
 
     def release(self, match: Match, token_ids: array[int]) -> None:
         """Give up a match of ``token_ids``: everything can be found again where it was."""
+        self.drop_part(match)
         for _, host_block in match.on_host:
             self.host.unpin(host_block)
         self.give_back(match.blocks, match.hashes, token_ids[: match.num_tokens])
@@ -181,6 +202,7 @@ class BlockManager:
         digest = hash_block(parent, token_ids)
         if self.prefix_caching:
             self._index.add(block, digest)
+            self._index.add_part(block, parent, token_ids)
         return digest
 
     # ------------------------------------------------------------------ for tests

@@ -13,7 +13,7 @@ from torch import Tensor
 from lmtool import kernels
 from lmtool.config import GenerationConfig
 from lmtool.engine.batch import Batch, Chunk, Done, Join, Mask, StepOutput
-from lmtool.engine.block_copies import HostCopies
+from lmtool.engine.block_copies import RunnerCopies
 from lmtool.engine.captured_steps import CapturedSteps
 from lmtool.engine.device_state import DeviceState
 from lmtool.engine.executor import Pending
@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 _WARM_UP_LENGTHS = (1, 2, 4, 8, 16, 32, 64, 512, 4096)
 
 
-class DeviceRunner(HostCopies):
+class DeviceRunner(RunnerCopies):
     """Runs batches in the order in which they are launched."""
 
     depth = 1
@@ -67,6 +67,8 @@ class DeviceRunner(HostCopies):
             self._apply(batch)
             if not batch.num_tokens:
                 return Done(StepOutput([]))
+            if batch.copies:
+                self.copy_within(batch.copies)
             if not batch.chunks:
                 return self._decode(batch)
             if self._is_plain(batch) and self._steps.has_graph(batch):
@@ -197,6 +199,7 @@ class DeviceRunner(HostCopies):
         longest = self._longest_chunk(max_batched_tokens)
         few = _prompt_of(1, repetition_penalty=2.0)  # what is asked of few has kernels of its own
         few.masks.append(Mask(0, b"\xff" * (4 * -(-self.decoder.config.vocab_size // 32))))
+        few.copies.append((0, 0))
         self.launch(few)
         for length in (longest, *(length for length in _WARM_UP_LENGTHS if length < longest)):
             self.launch(_prompt_of(length))

@@ -18,10 +18,12 @@ from lmtool.engine.device import choose_device, choose_dtype, free_bytes, memory
 from lmtool.engine.garbage import no_collection
 from lmtool.engine.graphs import StartProgress
 from lmtool.errors import ConfigError, MemoryShortError
+from lmtool.images.form import read_image_form
 from lmtool.layers.weights import W4
 from lmtool.models.config import ModelConfig
 from lmtool.models.decoder import Decoder
 from lmtool.models.loader import load_decoder, read_model_config
+from lmtool.models.vision import load_tower
 
 _log = logging.getLogger(__name__)
 _GIB = 1 << 30
@@ -94,11 +96,8 @@ def bring_kv_parameters(decoder: Decoder, config: EngineConfig, path: Path) -> N
 
 def bring_vision(decoder: Decoder, checkpoint: Checkpoint) -> None:
     """Of a model that takes pictures, what it sees them with, in the decoder's dtype. Raises CheckpointError."""
-    if getattr(checkpoint, "vision", None) is None:
+    if checkpoint.vision is None:
         return
-    from lmtool.images.form import read_image_form
-    from lmtool.models.vision import load_tower  # transformers: seconds
-
     form = read_image_form(checkpoint.path)
     assert form is not None, "what has a vision part has a form of pictures"
     full = memory_short(f"the vision tower did not fit on {decoder.device}", "use a smaller or a 4-bit model")

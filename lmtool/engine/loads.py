@@ -78,6 +78,9 @@ class Loads:
             loads.append(load)
         if awaited:
             self._awaited[sequence] = awaited
+            if match.part_of:  # it has no block yet to be copied into
+                self._blocks.drop_part(match)
+                match.num_tokens = len(match.hashes) * self._blocks.block_size
         _set_beginning(sequence, match)
         return not awaited
 

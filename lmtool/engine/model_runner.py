@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lmtool.engine.batch import Batch, Done, StepOutput
-from lmtool.engine.block_copies import HostCopies
+from lmtool.engine.block_copies import RunnerCopies
 from lmtool.engine.host_memory import HostPlan
 from lmtool.engine.image_encoder import ImageEncoder
 from lmtool.engine.inputs import SlotTables
@@ -15,7 +15,7 @@ from lmtool.errors import EngineError
 from lmtool.models.decoder import Decoder
 
 
-class ModelRunner(HostCopies):
+class ModelRunner(RunnerCopies):
     """Runs one `Batch` at a time; holds the tables that a batch changes."""
 
     depth = 0
@@ -39,6 +39,7 @@ class ModelRunner(HostCopies):
         self.apply_changes(batch)
         if not batch.num_tokens:
             return StepOutput([])
+        self.copy_within(batch.copies)
         inputs = self._tables.build(batch)
         slots, scored = batch.sampled_slots, scored_rows(batch)
         wanted = inputs.sampled_rows

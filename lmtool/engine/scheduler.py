@@ -151,6 +151,9 @@ class Scheduler:
             return 0
         self._join(sequence, flight.batch)
         self._grow(sequence, match.num_tokens + count, flight.batch)
+        if match.part_of:
+            flight.batch.copies.append((match.part_of, sequence.block_table[len(match.hashes)]))
+            self.blocks.drop_part(match)
         self._enter(sequence, count, flight, joined=True)
         return count
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,9 +12,7 @@ from lmtool.layers.kv_store import KvStore
 from lmtool.layers.rotary import cos_sin_table
 from lmtool.layers.weights import Matrix
 from lmtool.models.config import ModelConfig
-
-if TYPE_CHECKING:
-    from lmtool.models.vision import VisionTower
+from lmtool.models.vision import VisionTower
 
 
 @dataclass(slots=True)

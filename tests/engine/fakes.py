@@ -180,6 +180,11 @@ class MemoryExecutor:
         if self.fail_next:
             self.fail_next = False
             raise RuntimeError("the card fell off the bus\nwith details")
+        contents = [list(self.memory[block]) for block, _ in batch.copies]
+        for (block, copy), content in zip(batch.copies, contents, strict=True):
+            assert None not in content, "a block is copied that is not full"
+            assert copy != block
+            self.memory[copy] = content
         slots = [*batch.decodes, *(chunk.slot for chunk in batch.chunks)]
         assert len(slots) == len(set(slots)), "a sequence is in the batch twice"
         out = [

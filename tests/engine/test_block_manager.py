@@ -60,10 +60,16 @@ class Blocks(RuleBasedStateMachine):
         for index, host_block in match.on_host:
             assert match.blocks[index] == 0
             held[index] = self.saved[host_block]
+        if match.part_of:
+            assert len(self.content[match.part_of]) == SIZE
+            assert 0 < match.num_tokens - SIZE * len(match.blocks) < SIZE
+            held.append(self.content[match.part_of])
         assert [t for part in held for t in part][: match.num_tokens] == token_ids[: match.num_tokens]
         pairs = self.manager.fetch(match)
         table, hashes = match.blocks, match.hashes
         table += self.manager.allocate(missing)
+        assert match.part_of not in table or not match.part_of
+        self.manager.drop_part(match)
         self.copy_out()
         if pairs:
             self.loads.append(pairs)

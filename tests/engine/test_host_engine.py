@@ -165,7 +165,8 @@ def test_a_session_goes_on_after_others_took_the_whole_cache(host_gb: float) -> 
             if turn:
                 cached = [session.response.num_cached_tokens for session in sessions.values() if session.response]
                 assert cached[0] > BLOCK_SIZE
-                assert cached[1] >= BLOCK_SIZE if host_gb else cached[1] == 0
+                # without a host: what another's first block begins with alike
+                assert (cached[1] >= BLOCK_SIZE) == bool(host_gb)
             sessions[small].messages = list(sessions[kept].messages)  # were there a near tie, they would part
             small([f"{turn} {other}" + " and a dog ran" * 60 for other in range(3)], brief)  # takes the whole cache
         assert (small.counters.num_host_hit_blocks >= 2) == (host_gb > 0)
