@@ -50,6 +50,14 @@ class NameForm:
                 return theirs + name.removeprefix(ours)
         return name
 
+    @property
+    def vision_modules(self) -> list[str]:
+        """The modules of the vision part, for lists of what is not quantized: transformers compares such names from
+        the beginning of its own, which have been under "model." since 4.52, vLLM and SGLang look for them anywhere."""
+        is_original = "mm_projector" in self.beginnings["projector.linear_1."]
+        modules = ("vision_tower", "mm_projector" if is_original else "multi_modal_projector")
+        return [*modules, *(f"model.{module}" for module in modules)]
+
 
 def our_names(stored: Iterable[str], where: object) -> tuple[dict[str, str], NameForm]:
     """Ours → stored, of every tensor; what is nobody's keeps its name. Raises CheckpointError for two forms in one.

@@ -4,7 +4,9 @@ Whatever loads, quantizes or converts a language model takes the first and never
 """
 
 from collections.abc import Iterable, Mapping
+from math import prod
 from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from lmtool.checkpoint.llava_tower import Tower, find_tower, open_tower
 from lmtool.checkpoint.staging import StoredTensor
 from lmtool.errors import CheckpointError
 
+# beside the weights: how pictures are resized and cut
+PICTURE_FILES = ("preprocessor_config.json", "processor_config.json")
 _MOST_NAMES_SHOWN = 6
 _NOT_ONE_MODEL = "config.json and the weights are not of one model"
 
@@ -78,7 +82,20 @@ class VisionPart:
 
     @property
     def num_parameters(self) -> int:
-        return sum(torch.Size(self.shape(name)).numel() for name in self._places)
+        return sum(prod(self.shape(name)) for name in self._places)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of what `tensor` returns."""
+        return sum(self.num_bytes_of(name) for name in self._places)
+
+    def num_bytes_of(self, name: str) -> int:
+        return prod(self.shape(name)) * _dtype(self.dtype(name)).itemsize
+
+    @property
+    def written_config(self) -> dict[str, Any]:
+        """The whole config.json of a checkpoint with all of this in it: it says the shape of what it took in."""
+        return self.config | ({"vision_config": self.tower_config} if self.tower_path else {})
 
     def _at(self, name: str) -> tuple[Checkpoint, str]:
         if name not in self._places:
@@ -177,11 +194,24 @@ def split(inner: Checkpoint, tower: Path | None = None) -> LanguagePart:
     return LanguagePart(inner, _without(names, places), vision)
 
 
+def copy_picture_files(source: Path, folder: Path) -> None:
+    """What a model's folder or workspace says of pictures, into the folder of a model made of it."""
+    for name in PICTURE_FILES:
+        if (source / name).exists():
+            copyfile(source / name, folder / name)
+
+
 def _tower_elsewhere(inner: Checkpoint, given: Path | None) -> Tower:
     name = vision_settings(inner.config).tower_name
     if name is None:
         raise CheckpointError(f"{inner.path} holds no vision tower", "download the model again")
     return open_tower(given or find_tower(inner.path, name), name)
+
+
+def _dtype(name: str) -> torch.dtype:
+    """Codes are read as float32."""
+    found = getattr(torch, name, None)
+    return found if isinstance(found, torch.dtype) else torch.float32
 
 
 def _without(names: Mapping[str, str], taken: Iterable[str]) -> dict[str, str]:

@@ -29,7 +29,7 @@ def list_models(
     as_json: Annotated[bool, typer.Option("--json", help="The same as one JSON object.")] = False,
 ) -> None:
     """Show the short names, the supported architectures and the models in the hub's cache."""
-    from lmtool.models.registry import ARCHITECTURES
+    from lmtool.models.registry import SUPPORTED
 
     short_names, cached = _short_names(), _cached_models()
     if as_json:
@@ -37,7 +37,7 @@ def list_models(
 
         found = {
             "short_names": [asdict(row) for row in short_names],
-            "architectures": list(ARCHITECTURES),
+            "architectures": list(SUPPORTED),
             "hub_cache": [asdict(model) for model in cached],
         }
         print(dumps(found, indent=1))
@@ -46,7 +46,7 @@ def list_models(
     for row in short_names:
         print(f"  {row.name:<16} {row.path or 'not installed; downloaded from ' + row.hub_id}")
     print("\nArchitectures")
-    for architecture in ARCHITECTURES:
+    for architecture in SUPPORTED:
         print(f"  {architecture}")
     print("\nModels in the hub's cache" + ("" if cached else ": none"))
     for model in cached:

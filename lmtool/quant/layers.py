@@ -102,6 +102,11 @@ class Blocks:
         names = [name for ours in outer for name in self._source.sources(ours, 0)]
         return {name: prod(self.checkpoint.shape(name)) for name in names}
 
+    def stored_name(self, name: str) -> str:
+        """What the model's files call one of the checkpoint's tensors: a LLaVA's, one of its vision part, too."""
+        vision = self.checkpoint.vision
+        return name if vision is None else vision.form.stored(name)
+
     def head_tensors(self) -> dict[str, Tensor]:
         """The head as int8 codes [V, H] and bfloat16 scales [V]. Raises CheckpointError where it holds NaN or inf."""
         (name,) = self._source.sources("embed" if self.config.tie_word_embeddings else "head.weight", 0)

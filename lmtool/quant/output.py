@@ -1,7 +1,8 @@
 """A finished `.state/` into a model's folder: weights, tokenizer, what was measured; config.json last."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lmtool import __version__
+from lmtool.checkpoint.vision import VisionPart, copy_picture_files
 from lmtool.checkpoint.writer import write_json, write_shards
 from lmtool.quant.layers import Blocks
 from lmtool.quant.options import QuantOptions
@@ -30,35 +32,51 @@ def write_model(
     about: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Everything but `.state/`; the quality report is returned. about: of the model and the calibration text."""
-    block_of: dict[str, int] = {}
-    sizes: dict[str, int] = {name: 2 * count for name, count in blocks.outer_names().items()}
-    head = blocks.head_tensors() if options.head_bits == 8 else {}
-    if head:
-        sizes = {name: size for name, size in sizes.items() if name != blocks.head_name}
-        sizes |= {name: tensor.nbytes for name, tensor in head.items()}
-    for i in range(len(blocks)):
-        for name, size in state.sizes(i).items():
-            block_of[name] = i
-            sizes[name] = size
-
-    def load(name: str) -> Tensor:
-        if name in head:
-            return head[name]
-        if name in block_of:
-            return state.tensor(block_of[name], name)
-        return blocks.checkpoint.tensor(name).to(dtype)
-
-    write_shards(work_dir, sizes, load)
+    tensors = _tensors(blocks, state, options, dtype)
+    write_shards(work_dir, {name: size for name, (size, _) in tensors.items()}, lambda name: tensors[name][1]())
     save_tokenizer(tokenizer, blocks.checkpoint.path, work_dir)
+    if blocks.checkpoint.vision is not None:
+        copy_picture_files(blocks.checkpoint.path, work_dir)
     quality = _quality(blocks, state, options, skipped, about)
     write_json(work_dir / QUALITY, quality)
     write_json(work_dir / "config.json", _config(blocks, options, dtype, skipped))
     return quality
 
 
+def _tensors(
+    blocks: Blocks, state: State, options: QuantOptions, dtype: torch.dtype
+) -> dict[str, tuple[int, Callable[[], Tensor]]]:
+    """Of each tensor of the files, under its name there: its bytes, and how to get it."""
+    checkpoint, vision = blocks.checkpoint, blocks.checkpoint.vision
+    found: dict[str, tuple[int, Callable[[], Tensor]]] = {}
+
+    def add(name: str, num_bytes: int, load: Callable[[], Tensor]) -> None:
+        found[blocks.stored_name(name)] = (num_bytes, load)
+
+    def rounded(name: str) -> Tensor:
+        return checkpoint.tensor(name).to(dtype)
+
+    head = blocks.head_tensors() if options.head_bits == 8 else {}
+    for name, count in blocks.outer_names().items():
+        if not head or name != blocks.head_name:
+            add(name, dtype.itemsize * count, partial(rounded, name))
+    for name, tensor in head.items():
+        add(name, tensor.nbytes, partial(head.__getitem__, name))
+    for i in range(len(blocks)):
+        for name, size in state.sizes(i).items():
+            add(name, size, partial(state.tensor, i, name))
+    if vision is not None:
+        for name in vision.names():
+            add(name, vision.num_bytes_of(name), partial(vision.tensor, name))
+    return found
+
+
 def _config(blocks: Blocks, options: QuantOptions, dtype: torch.dtype, skipped: list[str]) -> dict[str, Any]:
-    config = {key: value for key, value in blocks.checkpoint.config.items() if key not in ("torch_dtype", "dtype")}
-    quantization = _said_of_awq(options, skipped) if options.format == "awq" else _said_of_gptq(options, skipped)
+    vision = blocks.checkpoint.vision
+    whole = blocks.checkpoint.config if vision is None else vision.written_config
+    config = {key: value for key, value in whole.items() if key not in ("torch_dtype", "dtype")}
+    said = _said_of_awq if options.format == "awq" else _said_of_gptq
+    quantization = said(options, skipped, vision)
     if options.head_bits == 8:
         quantization["head_bits"] = 8
         if not blocks.config.tie_word_embeddings:
@@ -70,18 +88,18 @@ def _config(blocks: Blocks, options: QuantOptions, dtype: torch.dtype, skipped: 
     return config | {"dtype": name, "torch_dtype": name, "quantization_config": quantization}
 
 
-def _said_of_awq(options: QuantOptions, skipped: list[str]) -> dict[str, Any]:
+def _said_of_awq(options: QuantOptions, skipped: list[str], vision: VisionPart | None) -> dict[str, Any]:
     return {
         "quant_method": "awq",
         "bits": options.bits,
         "group_size": options.group_size,
         "zero_point": True,
         "version": "gemm",
-        "modules_to_not_convert": ["lm_head", *skipped],
+        "modules_to_not_convert": ["lm_head", *(_ends(skipped) + vision.form.vision_modules if vision else skipped)],
     }
 
 
-def _said_of_gptq(options: QuantOptions, skipped: list[str]) -> dict[str, Any]:
+def _said_of_gptq(options: QuantOptions, skipped: list[str], vision: VisionPart | None) -> dict[str, Any]:
     """The first version of the format: all readers know it, and some take the second for the first."""
     said: dict[str, Any] = {
         "quant_method": "gptq",
@@ -94,7 +112,16 @@ def _said_of_gptq(options: QuantOptions, skipped: list[str]) -> dict[str, Any]:
     }
     # gptqmodel and vLLM leave out what a "-:" pattern matches; vLLM asks for its own fused matrices
     names = dict.fromkeys(other for name in skipped for other in (name, _fused(name)))
-    return said | ({"dynamic": {f"-:{re.escape(name)}$": {} for name in names}} if skipped else {})
+    patterns = [f"{re.escape(name)}$" for name in names]
+    if vision is not None:  # each of them has a beginning of its own for the language model's names
+        patterns = [f".*{re.escape(name)}$" for name in _ends(names)]
+        patterns += [f".*{module}" for module in vision.form.vision_modules if "." not in module]
+    return said | ({"dynamic": {f"-:{pattern}": {} for pattern in patterns}} if patterns else {})
+
+
+def _ends(names: Iterable[str]) -> list[str]:
+    """layers.3.mlp.down_proj of model.layers.3.mlp.down_proj: what all readers' names of a LLaVA's linear end with."""
+    return [name[name.index("layers.") :] for name in names]
 
 
 def _fused(name: str) -> str:
@@ -120,6 +147,7 @@ def _quality(
         "bits_per_weight": options.bits_per_weight,
         "head_bits": options.head_bits,
         **about,
+        **({"vision_bytes": vision.num_bytes} if (vision := blocks.checkpoint.vision) is not None else {}),
         "skipped": skipped,
         "layers": layers,
         "fallbacks": [

@@ -42,6 +42,8 @@ def plan_run(
     activations = _FLOAT * rows * (3 * config.hidden_size + 3 * config.intermediate_size + config.qkv_size)
     hidden = _FLOAT * num_tokens * config.hidden_size
     output = int(weights * config.num_layers * options.bits_per_weight / 8) + 2 * sum(blocks.outer_names().values())
+    if blocks.checkpoint.vision is not None:
+        output += blocks.checkpoint.vision.num_bytes
     if options.head_bits == 8:  # beside a tied head, else instead of one in half precision
         output += config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else -1)
     return Plan(

@@ -62,6 +62,8 @@ def _facts(quality: Quality) -> Iterable[tuple[str, str]]:
     yield "format", {"awq": "AWQ", "gptq": "GPTQ"}[quality["format"]]
     if quality["head_bits"] == 8:
         yield "output head", "int8, a scale for each row: lmtool's own"
+    if "vision_bytes" in quality:
+        yield "vision tower and projector", f"as they were, {quality['vision_bytes'] / 1e6:,.1f} MB"
     text = quality["calibration"]
     yield (
         "calibration text",
