@@ -14,9 +14,12 @@ if TYPE_CHECKING:
     from lmtool.engine.pipeline import Pipeline
     from lmtool.engine.response import Answers
     from lmtool.engine.sequence import TokenLogprob
+    from lmtool.images.prepared import PreparedImage
     from lmtool.tokenizer import Tokenizer
 
-Message = dict[str, Any]  # {"role": "system" | "user" | "assistant", "content": str}
+Message = dict[str, Any]  # {"role": "system" | "user" | "assistant", "content": of `chat.pictures.content`}
+
+Prepared = tuple[list[int], "list[PreparedImage]"]  # ids of a prompt, and its pictures
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +56,11 @@ class Backend(Protocol):
         """The context, in tokens; None: not known."""
         ...
 
+    @property
+    def takes_pictures(self) -> bool | None:
+        """Whether messages may have any; None: not known."""
+        ...
+
     def stream(self, messages: Sequence[Message], config: GenerationConfig) -> Iterator[Delta]:
         """The answer; RequestError when the conversation is longer than the context.
 
@@ -83,6 +91,7 @@ class LocalBackend:
 
     def __init__(self, pipe: "Pipeline") -> None:
         self._pipe = pipe
+        self._last: tuple[list[Message], Prepared] | None = None  # asked of it, and what came of that
 
     @property
     def description(self) -> str:
@@ -92,20 +101,43 @@ class LocalBackend:
     def session_len(self) -> int:
         return self._pipe.session_len
 
+    @property
+    def takes_pictures(self) -> bool:
+        return self._pipe.image_form is not None
+
     def stream(self, messages: Sequence[Message], config: GenerationConfig) -> "LocalStream":
-        return LocalStream(self._pipe.stream_infer(list(messages), config), self._pipe.tokenizer)
+        prompt_ids, images = self._prepared(messages)
+        return LocalStream(self._pipe.stream([self._pipe.request(prompt_ids, config, images)]), self._pipe.tokenizer)
 
     def count_tokens(self, messages: Sequence[Message]) -> int:
-        return len(self._pipe.tokenizer.chat_ids(list(messages)))
+        from lmtool.images.prepared import count_tokens
+
+        return count_tokens(*self._prepared(messages))
 
     def render(self, messages: Sequence[Message]) -> str:
-        return self._pipe.tokenizer.render_chat(list(messages))
+        return self._pipe.tokenizer.render_chat(without_pictures(messages))
 
     def opens_thought(self, messages: Sequence[Message]) -> bool:
         return self.render(messages).rstrip().endswith(OPEN)
 
     def close(self) -> None:
         self._pipe.close()
+
+    def _prepared(self, messages: Sequence[Message]) -> Prepared:
+        """What is counted is asked next: its pictures are read once. Safe on any thread: one reads `_last` whole."""
+        last = self._last
+        if last is None or last[0] != list(messages):
+            self._last = last = (list(messages), self._pipe.prepare(messages))
+        return last[1]
+
+
+def without_pictures(messages: Sequence[Message]) -> list[Message]:
+    """The same with {"type": "image"} for each, as `Tokenizer` takes them."""
+    if all(isinstance(message["content"], str) for message in messages):
+        return list(messages)
+    from lmtool.images.messages import take_images
+
+    return list(take_images(messages)[0])
 
 
 class LocalStream(Iterator[Delta]):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lmtool.chat.backend import Backend
 from lmtool.chat.escape import neutralise
+from lmtool.chat.pictures import Picture
 from lmtool.chat.session import Session, Turn
 from lmtool.chat.settings import Settings
 from lmtool.chat.stats import Totals, TurnStats
@@ -30,6 +31,7 @@ class Chat:
     say: Callable[[str], None]  # a notice to the user
     last: TurnStats | None = None
     totals: Totals = field(default_factory=Totals)
+    pictures: list[Picture] = field(default_factory=list)  # that go with the next message
 
     def count_tokens(self) -> int | None:
         """Tokens that the conversation takes in the context; None: not known."""
@@ -46,6 +48,7 @@ class Ask:
     """Send this. ``replaced`` comes back if no answer is made of it."""
 
     question: str
+    pictures: tuple[Picture, ...] = ()
     replaced: Turn | None = None
 
 
@@ -145,11 +148,39 @@ def _load(chat: Chat, text: str) -> Next:
     return None
 
 
+def _image(chat: Chat, text: str) -> Next:
+    waiting = chat.pictures
+    if text == "clear":
+        chat.say(f"{_pictures(len(waiting))} dropped")
+        waiting.clear()
+    elif text:
+        attach(chat, text)
+    elif not waiting:
+        chat.say("no picture waits for your next message; /image FILE puts one there")
+    for number, picture in enumerate(waiting, 1):
+        chat.say(f"{number}. {picture}")
+    return None
+
+
+def attach(chat: Chat, source: str) -> None:
+    """Put a picture to the next message. source: a file or a URL, also as terminals write one that is dropped on them:
+    in quotes. Raises InputError."""
+    if chat.backend.takes_pictures is False:
+        raise InputError("this model takes no pictures", "start one that does, such as a LLaVA")
+    if len(source) > 1 and source[0] == source[-1] and source[0] in "'\"":
+        source = source[1:-1]
+    chat.pictures.append(Picture.read(source))
+
+
+def _pictures(number: int) -> str:
+    return "1 picture" if number == 1 else f"{number} pictures"
+
+
 def _regen(chat: Chat, _: str) -> Next:
     turn = chat.session.undo()
     if chat.settings.generation.temperature == 0:
         chat.say("at temperature 0 the answer is the same again; /set temperature 0.7 varies it")
-    return Ask(turn.user, replaced=turn)
+    return Ask(turn.user, turn.pictures, replaced=turn)
 
 
 def _undo(chat: Chat, _: str) -> Next:
@@ -180,7 +211,9 @@ def of_context(count: int | None, limit: int | None) -> str:
 
 def _turns(chat: Chat) -> str:
     number = len(chat.session.turns)
-    return "1 turn" if number == 1 else f"{number} turns"
+    turns = "1 turn" if number == 1 else f"{number} turns"
+    num_pictures = sum(len(turn.pictures) for turn in chat.session.turns)
+    return f"{turns} with {_pictures(num_pictures)}" if num_pictures else turns
 
 
 def _shorten(text: str, width: int = 60) -> str:
@@ -195,6 +228,7 @@ COMMANDS = {
     "show": Command("[prompt]", "model, context, settings; or the text the model gets", _show),
     "save": Command("FILE", "write the conversation to a file", _save),
     "load": Command("FILE", "continue a conversation from a file", _load),
+    "image": Command("[FILE|URL|clear]", "put a picture to your next message; or list, or drop them", _image),
     "regen": Command("", "answer the last question again", _regen),
     "undo": Command("", "take the last question and its answer back", _undo),
     "clear": Command("", "forget the conversation", _clear),

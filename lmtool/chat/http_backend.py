@@ -6,6 +6,7 @@ What only some servers tell (the length of the context, how many tokens a conver
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from itertools import groupby
 from typing import Any
 
 import httpx
@@ -21,6 +22,7 @@ _ASIDE_S = 30.0  # for what is asked besides answers
 _PATIENCE_S, _AGAIN_S = 10.0, 0.1
 _OPENAI_TEMPERATURE = 1.0
 _OFF = GenerationConfig()
+_PICTURE = "<image>"  # what stands for one, or several in a row, where a prompt is shown
 # sent where they are not off: not every server knows them
 _OPTIONAL = ("top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed")
 _INTERACTIVE = {"temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens", "stop", "seed"}
@@ -40,6 +42,7 @@ class HttpBackend:
             raise
         self.model: str = about["id"]
         self._session_len: int | None = about.get("max_model_len")
+        self._modalities: list[str] | None = about.get("input_modalities")
         self.default_generation: dict[str, Any] = _defaults(about.get("generation_defaults"))
 
     @property
@@ -50,6 +53,10 @@ class HttpBackend:
     @property
     def session_len(self) -> int | None:
         return self._session_len
+
+    @property
+    def takes_pictures(self) -> bool | None:
+        return None if self._modalities is None else "image" in self._modalities
 
     def stream(self, messages: Sequence[Message], config: GenerationConfig) -> HttpStream:
         body = {
@@ -71,7 +78,13 @@ class HttpBackend:
         found = self._tokenized(messages)
         if found is None:
             raise InputError(f"{self.root} does not tell what it gives the model", "ask a server that has /tokenize")
-        return str(self._post("/detokenize", {"model": self.model, "tokens": found["tokens"]})["prompt"])
+        return "".join(
+            _PICTURE if is_picture else self._detokenized(list(ids))
+            for is_picture, ids in groupby(found["tokens"], lambda token_id: token_id < 0)
+        )
+
+    def _detokenized(self, token_ids: list[int]) -> str:
+        return str(self._post("/detokenize", {"model": self.model, "tokens": token_ids})["prompt"])
 
     def opens_thought(self, messages: Sequence[Message]) -> bool:
         """The server tells thoughts apart itself."""

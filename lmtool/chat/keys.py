@@ -117,7 +117,7 @@ def _complete_now(buffer: Buffer) -> None:
 
 
 class _SlashCompleter(Completer):
-    """Names of commands, of settings behind /set, and files behind /save and /load."""
+    """Names of commands, of settings behind /set, and files behind /save, /load and /image."""
 
     def __init__(self) -> None:
         self._paths = PathCompleter(expanduser=True)
@@ -131,7 +131,7 @@ class _SlashCompleter(Completer):
             for word, command in commands.COMMANDS.items():
                 if word.startswith(name.lower()):
                     yield Completion(word, -len(name), display=f"/{word}", display_meta=command.help)
-        elif name in ("save", "load"):
+        elif name in ("save", "load", "image"):
             yield from self._paths.get_completions(Document(argument), complete_event)
         elif name == "set":
             yield from _words(argument)

@@ -11,6 +11,7 @@ from lmtool.chat.backend import Backend, Delta, Message
 from lmtool.chat.commands import Ask, Chat, Leave
 from lmtool.chat.escape import neutralise
 from lmtool.chat.keys import Reader
+from lmtool.chat.pictures import Picture
 from lmtool.chat.pump import Pump, StopOnInterrupt
 from lmtool.chat.render import REFRESH_S, AnswerPrinter, answer_view
 from lmtool.chat.screen import without_echo
@@ -31,10 +32,11 @@ _NOTICES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplOptions:
-    """``history`` None: none is kept. ``double_enter``: an empty line sends."""
+    """``history`` None: none is kept. ``double_enter``: an empty line sends. ``pictures``: for the first message."""
 
     history: Path | None = None
     double_enter: bool = False
+    pictures: tuple[Picture, ...] = ()
 
 
 def run(backend: Backend, session: Session, settings: Settings, options: ReplOptions) -> int:
@@ -46,7 +48,7 @@ class Repl:
     def __init__(self, backend: Backend, session: Session, settings: Settings, options: ReplOptions) -> None:
         self._out = Console(highlight=False)
         self._err = Console(stderr=True, highlight=False)
-        self._chat = Chat(backend, session, settings, self._say)
+        self._chat = Chat(backend, session, settings, self._say, pictures=list(options.pictures))
         self._reader = Reader(history=options.history, double_enter=options.double_enter, toolbar=self._toolbar)
         self._options = options
         self._used_tokens: int | None = 0
@@ -102,7 +104,7 @@ class Repl:
             return Leave()
         command = commands.parse(text)
         if command is None:
-            return Ask(text.strip("\n").removeprefix(" "))
+            return Ask(text.strip("\n").removeprefix(" "), tuple(self._chat.pictures))
         step = commands.run(self._chat, *command)
         if not isinstance(step, Ask):
             self._used_tokens = self._chat.count_tokens()
@@ -112,27 +114,30 @@ class Repl:
         """Answer, and put everything back as it was if there is no answer."""
         answered = False
         try:
-            if self._make_room(ask.question):
-                answered = self._answer(ask.question)
+            if self._make_room(ask):
+                answered = self._answer(ask)
             else:
                 self._draft = "" if ask.replaced else ask.question
         finally:
             if not answered and ask.replaced:
                 self._chat.session.turns.append(ask.replaced)
+            elif answered and not ask.replaced:
+                self._chat.pictures.clear()
 
-    def _make_room(self, question: str) -> bool:
+    def _make_room(self, ask: Ask) -> bool:
         """Whether the conversation fits, after dropping what the user agreed to drop. Never drops silently."""
         session, limit = self._chat.session, self._chat.backend.session_len
-        count = self._chat.backend.count_tokens(session.messages(question))
+        count = self._chat.backend.count_tokens(session.messages(ask.question, ask.pictures))
         if count is None or limit is None or count < limit:
             return True  # what is not known here, a server refuses itself
-        alone = self._count(Session(session.system).messages(question))
+        alone = self._count(Session(session.system).messages(ask.question, ask.pictures))
         if alone >= limit:
+            pictures = " and its pictures" if ask.pictures else ""
             raise InputError(
-                f"the message has {alone:,} tokens with the system prompt, the context holds {limit:,}",
+                f"the message has {alone:,} tokens with the system prompt{pictures}, the context holds {limit:,}",
                 "shorten it, or start with a longer --session-len",
             )
-        num_turns, left = self._fewest_to_drop(question, limit)
+        num_turns, left = self._fewest_to_drop(ask, limit)
         turns = "the oldest turn" if num_turns == 1 else f"the {num_turns} oldest turns"
         self._say(
             f"the context is full: the conversation has {count:,} tokens with this message, the context holds {limit:,}"
@@ -143,13 +148,13 @@ class Repl:
         self._say("nothing was sent or dropped; /undo and /clear make room too")
         return False
 
-    def _fewest_to_drop(self, question: str, limit: int) -> tuple[int, int]:
+    def _fewest_to_drop(self, ask: Ask, limit: int) -> tuple[int, int]:
         """How many of the oldest turns, and the tokens that remain: room for an answer if there can be any."""
         turns, system = self._chat.session.turns, self._chat.session.system
         wanted = limit - min(_ANSWER_ROOM, limit // 4)
         left = 0
         for num_turns in range(1, len(turns) + 1):
-            left = self._count(Session(system, turns[num_turns:]).messages(question))
+            left = self._count(Session(system, turns[num_turns:]).messages(ask.question, ask.pictures))
             if left <= wanted:
                 return num_turns, left
         return len(turns), left
@@ -157,12 +162,12 @@ class Repl:
     def _count(self, messages: list[Message]) -> int:
         return self._chat.backend.count_tokens(messages) or 0
 
-    def _answer(self, question: str) -> bool:
+    def _answer(self, ask: Ask) -> bool:
         """Stream one answer and keep the turn; False when there is nothing to keep."""
         if self._pump is not None:
             self._pump.wait()
         chat = self._chat
-        messages = chat.session.messages(question)
+        messages = chat.session.messages(ask.question, ask.pictures)
         begun_s = time.monotonic()
         self._pump = pump = Pump(chat.backend.stream(messages, chat.settings.generation))
         text, last, first_s = "", Delta(text=""), None
@@ -182,9 +187,9 @@ class Repl:
             finally:
                 printer.finish()
         stats = TurnStats.of(last, first_s=first_s, duration_s=time.monotonic() - begun_s)
-        return self._keep(question, text, last, stats, partial=pump.stopped)
+        return self._keep(ask, text, last, stats, partial=pump.stopped)
 
-    def _printer(self, messages: list[dict[str, str]]) -> AnswerPrinter:
+    def _printer(self, messages: list[Message]) -> AnswerPrinter:
         settings = self._chat.settings
         return AnswerPrinter(
             answer_view(self._out, markdown=settings.markdown),
@@ -193,12 +198,12 @@ class Repl:
             show_thought=settings.think,
         )
 
-    def _keep(self, question: str, text: str, last: Delta, stats: TurnStats, *, partial: bool) -> bool:
+    def _keep(self, ask: Ask, text: str, last: Delta, stats: TurnStats, *, partial: bool) -> bool:
         if partial and not text:
-            self._draft = question
+            self._draft = ask.question
             self._say("stopped before the first token; nothing is kept")
             return False
-        self._chat.session.turns.append(Turn(question, text, partial))
+        self._chat.session.turns.append(Turn(ask.question, text, partial, ask.pictures))
         self._chat.last = stats
         self._chat.totals.add(stats)
         self._used_tokens = stats.num_prompt_tokens + stats.num_generated_tokens
@@ -211,7 +216,9 @@ class Repl:
     def _toolbar(self) -> str:
         limit = self._chat.backend.session_len
         used = "?" if self._used_tokens is None else f"{self._used_tokens:,}"
-        return f"context {used}{'' if limit is None else f'/{limit:,}'} tokens · /help"
+        number = len(self._chat.pictures)
+        waiting = f" · {number} picture{'s' * (number > 1)} for your next message" if number else ""
+        return f"context {used}{'' if limit is None else f'/{limit:,}'} tokens{waiting} · /help"
 
     def _say(self, text: str) -> None:
         self._tell(text, "dim")

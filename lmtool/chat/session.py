@@ -12,19 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from lmtool.chat.backend import Message
+from lmtool.chat.pictures import Picture, content
 from lmtool.errors import InputError
 
 FORMAT = "lmtool-chat"
-VERSION = 1
+VERSION = 2  # 1: without pictures
+OLDEST_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What the user said and what the model answered; ``partial`` when the answer was stopped."""
+    """What the user said, with which pictures, and what the model answered; ``partial`` when the answer was stopped."""
 
     user: str
     assistant: str
     partial: bool = False
+    pictures: tuple[Picture, ...] = ()
 
 
 @dataclass(slots=True)
@@ -32,16 +35,16 @@ class Session:
     system: str | None = None
     turns: list[Turn] = field(default_factory=list)
 
-    def messages(self, question: str | None = None) -> list[Message]:
+    def messages(self, question: str | None = None, pictures: tuple[Picture, ...] = ()) -> list[Message]:
         """The conversation as chat messages, with a new question behind it."""
         messages: list[Message] = []
         if self.system:
             messages.append({"role": "system", "content": self.system})
         for turn in self.turns:
-            messages.append({"role": "user", "content": turn.user})
+            messages.append({"role": "user", "content": content(turn.user, turn.pictures)})
             messages.append({"role": "assistant", "content": turn.assistant})
         if question is not None:
-            messages.append({"role": "user", "content": question})
+            messages.append({"role": "user", "content": content(question, pictures)})
         return messages
 
     def undo(self) -> Turn:
@@ -64,7 +67,10 @@ class Session:
         """
         if path.exists():
             _read(path)  # /save must not destroy a file that is no chat
-        data = {"format": FORMAT, "version": VERSION, **notes, **asdict(self)}
+        has_pictures = any(turn.pictures for turn in self.turns)
+        version = VERSION if has_pictures else OLDEST_VERSION
+        turns = [_plain(turn) for turn in self.turns]
+        data = {"format": FORMAT, "version": version, **notes, "system": self.system, "turns": turns}
         try:
             _write_whole(path, json.dumps(data, ensure_ascii=False, indent=1) + "\n")
         except OSError as error:
@@ -74,7 +80,8 @@ class Session:
     def load(cls, path: Path) -> "Session":
         """Read a saved chat. Raises InputError, naming the first thing in the file that is wrong."""
         data = _read(path)
-        _want(path, data.get("version") == VERSION, "version", f"not {VERSION}; it needs another lmtool")
+        known = data.get("version") in range(OLDEST_VERSION, VERSION + 1)
+        _want(path, known, "version", f"not {OLDEST_VERSION} to {VERSION}; it needs another lmtool")
         system = data.get("system")
         _want(path, system is None or isinstance(system, str), "system", "neither text nor null")
         turns = data.get("turns")
@@ -90,7 +97,27 @@ def _turn(path: Path, index: int, data: object) -> Turn:
         _want(path, isinstance(data.get(name), str), f"{where}.{name}", "missing or not text")
     partial = data.get("partial", False)
     _want(path, isinstance(partial, bool), f"{where}.partial", "neither true nor false")
-    return Turn(data["user"], data["assistant"], partial)
+    pictures = data.get("pictures", [])
+    _want(path, isinstance(pictures, list), f"{where}.pictures", "not a list")
+    found = tuple(_picture(path, f"{where}.pictures[{i}]", one) for i, one in enumerate(pictures))
+    return Turn(data["user"], data["assistant"], partial, found)
+
+
+def _picture(path: Path, where: str, data: object) -> Picture:
+    if not isinstance(data, dict):
+        raise _bad(path, where, "not an object")
+    name, url, width, height = (data.get(key) for key in ("name", "url", "width", "height"))
+    _want(path, isinstance(name, str), f"{where}.name", "missing or not text")
+    _want(path, isinstance(url, str) and url.startswith("data:image/"), f"{where}.url", "no data URL of a picture")
+    for key, pixels in (("width", width), ("height", height)):
+        _want(path, isinstance(pixels, int) and pixels > 0, f"{where}.{key}", "missing or no number of pixels")
+    return Picture(**{key: data[key] for key in ("name", "url", "width", "height")})
+
+
+def _plain(turn: Turn) -> dict[str, Any]:
+    """Without what it does not have: whoever knows no pictures reads conversations that have none."""
+    plain = asdict(turn)
+    return plain if turn.pictures else {key: value for key, value in plain.items() if key != "pictures"}
 
 
 def _read(path: Path) -> Mapping[str, Any]:

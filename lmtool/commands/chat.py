@@ -15,9 +15,14 @@ from lmtool.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from lmtool.chat.backend import Backend
+    from lmtool.chat.pictures import Picture
 
 System = Annotated[str | None, typer.Option(help="System prompt.")]
 Prompt = Annotated[str | None, typer.Option(help="Answer this once and leave; piped text is put behind it.")]
+Image = Annotated[
+    list[str] | None,
+    typer.Option(metavar="FILE|URL", help="A picture for the (first) message; may be given several times."),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object: text, finish reason, tokens, times.")]
 ShowPrompt = Annotated[
     bool, typer.Option("--show-prompt", help="Print what the model is really given, and generate nothing.")
@@ -37,6 +42,7 @@ def chat(
     *,
     system: System = None,
     prompt: Prompt = None,
+    image: Image = None,
     json: Json = False,
     show_prompt: ShowPrompt = False,
     markdown: Markdown = True,
@@ -106,21 +112,15 @@ def chat(
     question = read_question(prompt, sys.stdin)
     check_combination(question, json=json, show_prompt=show_prompt, logprobs=logprobs)
     source = Source(model, chat_template, revision, download_dir)
+    pictures = read_pictures(image)
     if question is None:
-        code = _talk(
-            source,
-            engine,
-            sampling,
-            system,
-            markdown=markdown,
-            double_enter=double_enter,
-            history=history_path(history, history_file),
-        )
-        raise typer.Exit(code)
+        kept = history_path(history, history_file)
+        looks = Looks(markdown=markdown, double_enter=double_enter, history=kept, pictures=pictures)
+        raise typer.Exit(_talk(source, engine, sampling, system, looks))
     if show_prompt:
-        _show_prompt(source, system, question)
+        _show_prompt(source, system, question, pictures)
     else:
-        _answer(source, engine, sampling, system, question, json=json)
+        _answer(source, engine, sampling, system, question, pictures, json=json)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +131,34 @@ class Source:
     chat_template: str | None
     revision: str | None
     download_dir: Path | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Looks:
+    """How a conversation on a terminal begins, and what it looks like. history: None where none is kept; pictures: for
+    the first message."""
+
+    markdown: bool
+    double_enter: bool
+    history: Path | None
+    pictures: "tuple[Picture, ...]" = ()
+
+
+def read_pictures(sources: list[str] | None) -> "tuple[Picture, ...]":
+    """Of ``--image``. Raises InputError for what is no picture."""
+    if not sources:
+        return ()
+    from lmtool.chat.pictures import Picture
+
+    return tuple(Picture.read(source) for source in sources)
+
+
+def check_takes_pictures(backend: "Backend", pictures: "tuple[Picture, ...]") -> None:
+    """Raises InputError where the model is known to take none."""
+    if pictures and backend.takes_pictures is False:
+        raise InputError(
+            "--image: this model takes no pictures", "leave it out, or give one that does, such as a LLaVA"
+        )
 
 
 def check_combination(question: str | None, *, json: bool, show_prompt: bool, logprobs: int | None) -> None:
@@ -162,24 +190,14 @@ def load_pipeline(source: Source, engine: EngineConfig) -> Any:
         )
 
 
-def _talk(
-    source: Source,
-    engine: EngineConfig,
-    sampling: dict[str, Any],
-    system: str | None,
-    *,
-    markdown: bool,
-    double_enter: bool,
-    history: Path | None,
-) -> int:
+def _talk(source: Source, engine: EngineConfig, sampling: dict[str, Any], system: str | None, looks: Looks) -> int:
     need_terminal()
     from lmtool.chat.backend import LocalBackend
 
     pipe = load_pipeline(source, engine)
     backend = LocalBackend(pipe)
     try:
-        config = options.generation_config(sampling, pipe.default_generation)
-        return converse(backend, config, system, markdown=markdown, double_enter=double_enter, history=history)
+        return converse(backend, options.generation_config(sampling, pipe.default_generation), system, looks)
     finally:
         backend.close()
 
@@ -192,22 +210,15 @@ def need_terminal() -> None:
         )
 
 
-def converse(
-    backend: "Backend",
-    config: GenerationConfig,
-    system: str | None,
-    *,
-    markdown: bool,
-    double_enter: bool,
-    history: Path | None,
-) -> int:
+def converse(backend: "Backend", config: GenerationConfig, system: str | None, looks: Looks) -> int:
     """The terminal, until the user leaves it → exit code."""
+    check_takes_pictures(backend, looks.pictures)
     from lmtool.chat import repl
     from lmtool.chat.session import Session
     from lmtool.chat.settings import Settings
 
-    settings = Settings(config, markdown=markdown)
-    return repl.run(backend, Session(system), settings, repl.ReplOptions(history=history, double_enter=double_enter))
+    begun = repl.ReplOptions(history=looks.history, double_enter=looks.double_enter, pictures=looks.pictures)
+    return repl.run(backend, Session(system), Settings(config, markdown=looks.markdown), begun)
 
 
 def history_path(history: bool, path: Path | None) -> Path | None:
@@ -223,6 +234,7 @@ def _answer(
     sampling: dict[str, Any],
     system: str | None,
     question: str,
+    pictures: "tuple[Picture, ...]",
     *,
     json: bool,
 ) -> None:
@@ -235,8 +247,9 @@ def _answer(
     load_s = time.perf_counter() - begun_s
     backend = LocalBackend(pipe)
     try:
+        check_takes_pictures(backend, pictures)
         config = options.generation_config(sampling, pipe.default_generation)
-        messages = Session(system).messages(question)
+        messages = Session(system).messages(question, pictures)
         if json:
             oneshot.print_json(backend, messages, config, model=source.model, load_s=load_s)
         else:
@@ -245,8 +258,9 @@ def _answer(
         backend.close()
 
 
-def _show_prompt(source: Source, system: str | None, question: str) -> None:
-    """The text behind the chat template, special tokens and all; needs the tokenizer only."""
+def _show_prompt(source: Source, system: str | None, question: str, pictures: "tuple[Picture, ...]") -> None:
+    """The text behind the chat template, special tokens and all; needs no weights."""
+    from lmtool.chat.backend import without_pictures
     from lmtool.chat.escape import neutralise
     from lmtool.chat.session import Session
     from lmtool.checkpoint.hub import resolve_model
@@ -254,6 +268,19 @@ def _show_prompt(source: Source, system: str | None, question: str) -> None:
 
     path = resolve_model(source.model, revision=source.revision, download_dir=source.download_dir)
     tokenizer = load_tokenizer(path, chat_template=source.chat_template)
-    messages = Session(system).messages(question)
+    messages = without_pictures(Session(system).messages(question, pictures))
     print(neutralise(tokenizer.render_chat(messages)))
-    print(f"lmtool: {len(tokenizer.chat_ids(messages)):,} tokens", file=sys.stderr)
+    num_tokens = len(tokenizer.chat_ids(messages)) + _more_tokens(path, pictures)
+    print(f"lmtool: {num_tokens:,} tokens", file=sys.stderr)
+
+
+def _more_tokens(path: Path, pictures: "tuple[Picture, ...]") -> int:
+    """That pictures take, besides the one that stands for each."""
+    from lmtool.images.form import read_image_form
+
+    form = read_image_form(path) if pictures else None
+    if form is None:
+        return 0
+    from lmtool.images.load import load_image
+
+    return sum(form.prepare(load_image(picture.url)).num_tokens - 1 for picture in pictures)

@@ -34,6 +34,7 @@ def api_client(
     session_id: SessionId = None,
     system: chat.System = None,
     prompt: chat.Prompt = None,
+    image: chat.Image = None,
     json: chat.Json = False,
     show_prompt: chat.ShowPrompt = False,
     markdown: chat.Markdown = True,
@@ -58,6 +59,7 @@ def api_client(
     --config or from LMTOOL_API_KEY and the like.
     """
     from lmtool.chat.oneshot import read_question
+    from lmtool.chat.session import Session
 
     sampling = options.given(
         temperature=temperature,
@@ -75,14 +77,18 @@ def api_client(
     options.generation_config(sampling)
     question = read_question(prompt, sys.stdin)
     chat.check_combination(question, json=json, show_prompt=show_prompt, logprobs=logprobs)
+    pictures = chat.read_pictures(image)
     begun_s = time.perf_counter()
     backend = _connect(url, api_key, model_name, session_id)
     connect_s = time.perf_counter() - begun_s
     try:
         if question is None:
             kept = chat.history_path(history, history_file)
-            raise typer.Exit(_talk(backend, sampling, system, markdown, double_enter, kept))
-        _answer(backend, sampling, system, question, json=json, show_prompt=show_prompt, connect_s=connect_s)
+            looks = chat.Looks(markdown=markdown, double_enter=double_enter, history=kept, pictures=pictures)
+            raise typer.Exit(_talk(backend, sampling, system, looks))
+        chat.check_takes_pictures(backend, pictures)
+        messages = Session(system).messages(question, pictures)
+        _answer(backend, sampling, messages, json=json, show_prompt=show_prompt, connect_s=connect_s)
     finally:
         backend.close()
 
@@ -97,19 +103,15 @@ def _connect(url: str, api_key: str | None, model: str | None, session_id: int |
     return InteractiveBackend(url, session_id, api_key=api_key, model=model)
 
 
-def _talk(
-    backend: "HttpBackend", sampling: dict[str, Any], system: str | None, markdown: bool, double_enter: bool, kept: Any
-) -> int:
+def _talk(backend: "HttpBackend", sampling: dict[str, Any], system: str | None, looks: chat.Looks) -> int:
     chat.need_terminal()
-    config = options.generation_config(sampling, backend.default_generation)
-    return chat.converse(backend, config, system, markdown=markdown, double_enter=double_enter, history=kept)
+    return chat.converse(backend, options.generation_config(sampling, backend.default_generation), system, looks)
 
 
 def _answer(
     backend: "HttpBackend",
     sampling: dict[str, Any],
-    system: str | None,
-    question: str,
+    messages: list[dict[str, Any]],
     *,
     json: bool,
     show_prompt: bool,
@@ -117,9 +119,7 @@ def _answer(
 ) -> None:
     from lmtool.chat import oneshot
     from lmtool.chat.escape import neutralise
-    from lmtool.chat.session import Session
 
-    messages = Session(system).messages(question)
     config = options.generation_config(sampling, backend.default_generation)
     if show_prompt:
         print(neutralise(backend.render(messages)))

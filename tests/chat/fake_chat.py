@@ -49,27 +49,43 @@ ANSWERS = {
 }
 
 
+ROWS = 10  # of each picture
+
+
+def _said(message: Message) -> tuple[str, int]:
+    """The text, and how many pictures stand before it."""
+    content = message["content"]
+    if isinstance(content, str):
+        return content, 0
+    *pictures, last = content
+    assert all(part["image_url"]["url"].startswith("data:image/") for part in pictures)
+    return last["text"], len(pictures)
+
+
 class FakeBackend:
     description = "fake model · cpu"
 
-    def __init__(self, session_len: int) -> None:
+    def __init__(self, session_len: int, takes_pictures: bool | None = False) -> None:
         self.session_len = session_len
+        self.takes_pictures = takes_pictures
         self._seen: set[str] = set()
         self._num_answers = 0
 
     def count_tokens(self, messages: Sequence[Message]) -> int:
-        return sum(len(message["content"].split()) for message in messages)
+        return sum(len(text.split()) + ROWS * num_pictures for text, num_pictures in map(_said, messages))
 
     def render(self, messages: Sequence[Message]) -> str:
-        return "".join(f"<|{message['role']}|>{message['content']}" for message in messages) + "<|assistant|>"
+        return "".join(f"<|{message['role']}|>{_said(message)[0]}" for message in messages) + "<|assistant|>"
 
     def opens_thought(self, messages: Sequence[Message]) -> bool:
         return False
 
     def stream(self, messages: Sequence[Message], config: GenerationConfig) -> Iterator[Delta]:
-        question = messages[-1]["content"]
+        question, num_pictures = _said(messages[-1])
+        if num_pictures:
+            question += f" with {num_pictures} pictures"
         num_prompt = self.count_tokens(messages)
-        num_cached = self.count_tokens([m for m in messages if m["content"] in self._seen])
+        num_cached = self.count_tokens([m for m in messages if _said(m)[0] in self._seen])
         self._num_answers += 1
         if "broken" in question:
             raise EngineError("the engine stopped", "start again")
@@ -83,7 +99,7 @@ class FakeBackend:
             if number == config.max_new_tokens:
                 yield Delta(text="", finish_reason="length", num_prompt_tokens=num_prompt, num_generated_tokens=number)
                 return
-        self._seen.update(message["content"] for message in messages)
+        self._seen.update(_said(message)[0] for message in messages)
 
     def _pieces(self, question: str, config: GenerationConfig) -> Iterator[str]:
         if "endless" in question or "slow" in question:
@@ -109,12 +125,13 @@ def main() -> int:
     parser.add_argument("--double-enter", action="store_true")
     parser.add_argument("--session-len", type=int, default=1000)
     parser.add_argument("--no-markdown", action="store_true")
+    parser.add_argument("--takes-pictures", action="store_true")
     given = parser.parse_args()
     options = repl.ReplOptions(
         history=given.history and prepare_history(given.history), double_enter=given.double_enter
     )
     settings = Settings(GenerationConfig(), markdown=not given.no_markdown)
-    return repl.run(FakeBackend(given.session_len), Session(), settings, options)
+    return repl.run(FakeBackend(given.session_len, given.takes_pictures), Session(), settings, options)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """Slash commands, a full context and the history, on a real pseudo-terminal."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from tests.chat.terminal import (
     CTRL_C,
@@ -12,12 +15,13 @@ from tests.chat.terminal import (
     Terminal,
     fake_chat,
 )
+from tests.server.pictures import picture
 
 
 # ---------------------------------------------------------------- slash commands
 def test_help_lists_every_command(chat: Terminal) -> None:
     chat.ask("/help", r"Ctrl-D, exit and quit leave")
-    for name in ("system", "set", "show", "save", "load", "regen", "undo", "clear", "stats", "exit"):
+    for name in ("system", "set", "show", "save", "load", "image", "regen", "undo", "clear", "stats", "exit"):
         assert re.search(rf"^/{name} ", chat.text, re.MULTILINE), name
 
 
@@ -84,6 +88,66 @@ def test_stats_tell_what_was_cached(chat: Terminal) -> None:
     chat.ask("/stats", "total       2 answers")
     assert re.search(r"prompt +[\d,]+ tokens, 3 of them cached", chat.text)
     assert "tokens/s" in chat.text
+
+
+# ---------------------------------------------------------------- pictures
+@pytest.fixture
+def seeing() -> Iterator[Terminal]:
+    terminal = fake_chat("--takes-pictures")
+    yield terminal
+    terminal.child.close(force=True)
+
+
+@pytest.fixture
+def cat(tmp_path: Path) -> Path:
+    path = tmp_path / "my cat.png"
+    path.write_bytes(picture(60, 40))
+    return path
+
+
+def test_pictures_go_with_the_next_message_and_stay(seeing: Terminal, cat: Path, tmp_path: Path) -> None:
+    seeing.ask("/image", "no picture waits for your next message")
+    seeing.ask(f"/image {cat}", r"1\. my cat\.png, 60 × 40, \d+ kB")
+    seeing.wait("1 picture for your next message")
+    seeing.ask(f"/image '{cat}'", r"2\. my cat\.png")  # as a terminal writes a file that is dropped on it
+    seeing.ask("what is this", r"answer 1 to 'what is this with 2 pictures'")
+    seeing.ask("/image", "no picture waits")
+    seeing.wait(r"context 3\d/1,000 tokens")  # 20 of them are the pictures'
+    seeing.ask("and then", r"answer 2 to 'and then' in")
+    seeing.ask("/undo", "took back: and then")
+    seeing.ask("/regen", r"answer 3 to 'what is this with 2 pictures'")
+    seeing.ask("/show", "1 turn with 2 pictures")
+    seeing.ask(f"/save {tmp_path}/a.json", "saved 1 turn with 2 pictures")
+    cat.unlink()
+    again = fake_chat("--takes-pictures")
+    again.ask(f"/load {tmp_path}/a.json", "loaded 1 turn with 2 pictures")
+    again.ask("/regen", r"answer 1 to 'what is this with 2 pictures'")
+    again.child.close(force=True)
+
+
+def test_pictures_wait_until_they_were_sent(seeing: Terminal, cat: Path) -> None:
+    seeing.ask(f"/image {cat}", r"1\. my cat\.png")
+    seeing.ask("broken", "error: the engine stopped")
+    seeing.ask("/image", r"1\. my cat\.png[\s\S]*1\. my cat\.png")
+    seeing.ask("/image clear", "1 picture dropped")
+    seeing.ask("hello", "answer [12] to 'hello' in")
+
+
+def test_what_is_no_picture_is_refused(seeing: Terminal, chat: Terminal, cat: Path, tmp_path: Path) -> None:
+    text = tmp_path / "notes.txt"
+    text.write_text("dear diary")
+    for source in (text, tmp_path / "nothing.png", tmp_path):
+        seeing.ask(f"/image {source}", "error: .*")
+    seeing.ask("/image", "no picture waits for your next message")
+    seeing.ask("/image http://127.0.0.1:1/a.png", r"error: [\s\S]*127\.0\.0\.1")
+    chat.ask(f"/image {cat}", "error: this model takes no pictures")
+
+
+def test_tab_completes_the_files_of_pictures(seeing: Terminal, cat: Path) -> None:
+    seeing.send(f"/image {cat.parent}/my", TAB)
+    seeing.wait(r"my\s+cat\.png")
+    seeing.send(ENTER)
+    seeing.wait(r"1\. my cat\.png")
 
 
 # ---------------------------------------------------------------- context

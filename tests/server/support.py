@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from lmtool.checkpoint.hub import resolve_model
+from lmtool.config import EngineConfig
 from lmtool.engine.async_engine import AsyncEngine
 from lmtool.engine.core import EngineCore, TokenOutput
+from lmtool.engine.setup import load_engine
+from lmtool.images.form import read_image_form
 from lmtool.server.config import ServerConfig
 from lmtool.server.context import ServerContext
 from lmtool.server.engine_client import EngineClient
@@ -22,10 +25,12 @@ from tests.support import TINY, request, tiny_core, tiny_decoder
 
 
 class EngineInThread:
-    """What `engine_process` is, without a process. path: where it listens."""
+    """What `engine_process` is, without a process. path: where it listens. folder: the model's, whose tokenizer and
+    way with pictures a context of it has; None: SmolLM2's tokenizer."""
 
-    def __init__(self, core: EngineCore) -> None:
+    def __init__(self, core: EngineCore, vocab_size: int = 49152, folder: Path | None = None) -> None:
         self.core = core
+        self.model_folder = folder
         self._folder = tempfile.TemporaryDirectory()
         self.path = Path(self._folder.name) / "engine"
         listener = socket.socket(socket.AF_UNIX)
@@ -40,7 +45,7 @@ class EngineInThread:
             EngineInfo(
                 description="tiny",
                 session_len=core.session_len,
-                vocab_size=49152,
+                vocab_size=vocab_size,
                 max_batch_size=4,
                 num_blocks=blocks.num_blocks,
                 block_size=blocks.block_size,
@@ -74,11 +79,21 @@ async def tiny_context(engine: EngineInThread | None = None, **config: Any) -> A
     client.start()
     try:
         await client.ready()
-        yield ServerContext(ServerConfig(**{"model_names": ("tiny",), **config}), client, smollm2_tokenizer())
+        folder = engine.model_folder
+        tokenizer = load_tokenizer(folder) if folder else smollm2_tokenizer()
+        form = read_image_form(folder) if folder else None
+        yield ServerContext(ServerConfig(**{"model_names": ("tiny",), **config}), client, tokenizer, form)
     finally:
         await client.close()
         if own:
             engine.close()
+
+
+def llava_engine(folder: Path, **settings: Any) -> EngineInThread:
+    """Of a folder of `tiny_llava`."""
+    config = EngineConfig(**{"device": "cpu", "dtype": "float32", "session_len": 1024, "cache_gb": 0.05, **settings})
+    loaded = load_engine(folder, config)
+    return EngineInThread(loaded.core, loaded.model.vocab_size, folder)
 
 
 def alone(prompt_ids: Sequence[int], **settings: Any) -> list[TokenOutput]:

@@ -68,7 +68,10 @@ def aimed(body: Any) -> Any:
         return body
     body.pop("model", None)
     for message in body.get("messages") or ():
-        message["content"] = message.get("content") or "and then?"
+        content = message.get("content") or "and then?"
+        if isinstance(content, list) and any(part.get("type") == "image_url" for part in content):
+            content = "and then?"  # this model sees nothing
+        message["content"] = content
         message.pop("tool_calls", None)
     if not body.get("logprobs"):
         body.pop("top_logprobs", None)

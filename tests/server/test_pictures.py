@@ -1,0 +1,336 @@
+"""Pictures over HTTP, asked for by OpenAI's own client: a tiny LLaVA behind a real server, and its answers those of
+`lmtool.pipeline` itself."""
+
+import asyncio
+import base64
+import http.server
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from lmtool.images.load import decode_image
+
+from lmtool import GenerationConfig, pipeline
+from lmtool.config import EngineConfig
+from lmtool.engine.pipeline import Pipeline
+from lmtool.images.form import read_image_form
+from tests.server.pictures import data_url, part, picture, says
+from tests.server.serving import Serving
+from tests.server.support import llava_engine
+from tests.tiny_llava import tiny_llava
+
+RED, BLUE, WIDE = data_url(picture(seed=1)), data_url(picture(seed=2)), data_url(picture(120, 30, seed=3))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("llava")
+    tiny_llava(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def seeing(folder) -> Iterator[Serving]:
+    engine = llava_engine(folder)
+    with Serving(engine) as server:
+        yield server
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def pipe(folder) -> Iterator[Pipeline]:
+    config = EngineConfig(device="cpu", dtype="float32", session_len=1024, cache_gb=0.05)
+    with pipeline(str(folder), config) as made:
+        yield made
+
+
+def ask(server: Serving, *messages, **settings):
+    return server.openai().chat.completions.create(
+        model="tiny", messages=messages, **{"max_completion_tokens": 12, "temperature": 0, **settings}
+    )
+
+
+def text_of(answer) -> str:
+    return answer.choices[0].message.content
+
+
+def same(pipe: Pipeline, *messages) -> str:
+    """What the engine itself says."""
+    return pipe(list(messages), GenerationConfig(temperature=0, max_new_tokens=12)).text
+
+
+def rows(folder: Path, url: str) -> int:
+    data = base64.b64decode(url.partition(",")[2])
+    return read_image_form(folder).prepare(decode_image(data)).num_tokens
+
+
+# ---------------------------------------------------------------------- answers
+@pytest.mark.parametrize("urls", [(RED,), (RED, BLUE), (BLUE, RED), (WIDE, RED, BLUE, RED, WIDE)])
+def test_an_answer_to_pictures_is_the_engines_own(seeing, pipe, folder, urls):
+    answer = ask(seeing, says("What is this?", *urls))
+    assert text_of(answer) == same(pipe, says("What is this?", *urls))
+    blind = ask(seeing, says("What is this?"))
+    ids, _ = pipe.prepare([says("What is this?", *urls)])
+    num_text = sum(token_id >= 0 for token_id in ids)
+    assert answer.usage.prompt_tokens == num_text + sum(rows(folder, url) for url in urls)
+    assert answer.usage.prompt_tokens > blind.usage.prompt_tokens
+
+
+def test_the_model_sees(seeing):
+    """Another picture, another answer; the order counts."""
+    found = {text_of(ask(seeing, says("What is this?", *urls))) for urls in ((RED,), (BLUE,), (RED, BLUE), (BLUE, RED))}
+    assert len(found) == 4
+
+
+def test_a_stream_is_the_same_text(seeing):
+    chunks = list(ask(seeing, says("What is this?", RED), stream=True))
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert streamed == text_of(ask(seeing, says("What is this?", RED)))
+
+
+def test_the_same_picture_again_is_not_computed_again(seeing, folder):
+    question = says("Whose is it, and why?", data_url(picture(seed=11)))
+    first, second = ask(seeing, question).usage, ask(seeing, question).usage
+    assert first.prompt_tokens_details.cached_tokens < 64
+    assert second.prompt_tokens == first.prompt_tokens
+    assert second.prompt_tokens_details.cached_tokens >= second.prompt_tokens - 64
+    other = ask(seeing, says("Whose is it, and why?", data_url(picture(seed=12)))).usage
+    assert other.prompt_tokens == first.prompt_tokens
+    assert other.prompt_tokens_details.cached_tokens < 64  # no block with another picture's rows
+
+
+def test_a_picture_in_a_later_turn_and_one_before_it(seeing, pipe):
+    first = says("What is this?", data_url(picture(90, 90, seed=21)))
+    said = {"role": "assistant", "content": text_of(ask(seeing, first))}
+    second = says("And this?", BLUE)
+    answer = ask(seeing, first, said, second)
+    assert text_of(answer) == same(pipe, first, said, second)
+    assert answer.usage.prompt_tokens_details.cached_tokens >= 64  # the first turn's
+    third = [first, said, second, {"role": "assistant", "content": text_of(answer)}, says("Both?")]
+    assert text_of(ask(seeing, *third)) == same(pipe, *third)
+
+
+def test_choices_share_the_pictures(seeing):
+    def choices(**settings):
+        answer = ask(seeing, says("Tell me of it.", RED, WIDE), n=3, temperature=1, **settings)
+        return [choice.message.content for choice in answer.choices], answer.usage
+
+    first, usage = choices(seed=5)
+    assert len(set(first)) == 3
+    assert choices(seed=5)[0] == first
+    assert usage.prompt_tokens == ask(seeing, says("Tell me of it.", RED, WIDE)).usage.prompt_tokens  # counted once
+
+
+def test_text_beside_pictures_in_one_batch(seeing, pipe):
+    asked = [says(f"Tell me about {i}", *((RED, BLUE, WIDE)[: i % 4])) for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda message: text_of(ask(seeing, message)), asked))
+    assert found == [same(pipe, message) for message in asked]
+
+
+def test_responses_take_pictures_and_go_on_from_them(seeing, pipe):
+    client = seeing.openai().responses
+
+    def create(text, *urls, **settings):
+        content = [{"type": "input_image", "image_url": url, "detail": "auto"} for url in urls]
+        content.append({"type": "input_text", "text": text})
+        message = {"role": "user", "content": content}
+        return client.create(model="tiny", input=[message], temperature=0, max_output_tokens=12, **settings)
+
+    first = create("What is this?", RED)
+    said = {"role": "assistant", "content": first.output_text}
+    assert first.output_text == same(pipe, says("What is this?", RED))
+    second = create("And this?", BLUE, previous_response_id=first.id)
+    assert second.output_text == same(pipe, says("What is this?", RED), said, says("And this?", BLUE))
+    assert second.usage.input_tokens_details.cached_tokens >= first.usage.input_tokens // 64 * 64
+    third = create("Both?", previous_response_id=second.id)
+    assert third.usage.input_tokens > second.usage.input_tokens
+
+
+def test_a_session_remembers_its_pictures(seeing, pipe):
+    def turn(http, prompt, **more):
+        body = {"prompt": prompt, "session_id": 7, "interactive_mode": True, "temperature": 0, "request_output_len": 12}
+        answer = http.post("/v1/chat/interactive", json={**body, **more})
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    with seeing.http() as http:
+        first = turn(http, "What is this?", image_url=[RED])
+        assert first["text"] == same(pipe, says("What is this?", RED))
+        said = {"role": "assistant", "content": first["text"]}
+        second = turn(http, [says("And this?", BLUE)])
+        assert second["text"] == same(pipe, says("What is this?", RED), said, says("And this?", BLUE))
+        assert second["history_tokens"] == first["input_tokens"] + first["tokens"]
+        third = turn(http, "So?", image_url=RED)
+    assert third["history_tokens"] == second["history_tokens"] + second["input_tokens"] + second["tokens"]
+
+
+def test_tokenize_counts_rows(seeing, folder):
+    usage = ask(seeing, says("What is this?", RED, WIDE)).usage
+    with seeing.http() as http:
+        body = {"messages": [says("What is this?", RED, WIDE)], "return_token_strs": True}
+        found = http.post("/tokenize", json=body).json()
+    assert found["count"] == len(found["tokens"]) == len(found["token_strs"]) == usage.prompt_tokens
+    assert found["tokens"].count(-1) == rows(folder, RED) + rows(folder, WIDE)
+
+
+def test_what_is_told_of_pictures(seeing):
+    with seeing.http() as http:
+        assert http.get("/v1/models").json()["data"][0]["input_modalities"] == ["text", "image"]
+
+        def count() -> tuple[float, float]:
+            lines = dict(line.rsplit(" ", 1) for line in http.get("/metrics").text.splitlines() if line[0] != "#")
+            label = '{model_name="tiny"}'
+            seconds = "lmtool:image_preparation_seconds_sum"
+            return float(lines[f"lmtool:images_total{label}"]), float(lines[f"{seconds}{label}"])
+
+        images, seconds = count()
+        ask(seeing, says("What is this?", RED, BLUE, RED))
+        assert count()[0] == images + 2  # equal ones are read once
+        assert count()[1] > seconds
+
+
+def test_a_large_picture_comes_through_and_holds_up_nobody(seeing):
+    """A body of many megabytes, as large as pictures may be: meanwhile others are answered."""
+    large = data_url(picture(20, 20) + b"\0" * 19_000_000)
+    num_others = 0
+
+    async def main() -> int:
+        nonlocal num_others
+        async with httpx.AsyncClient(base_url=seeing.url, timeout=120) as http:
+            body = {"model": "tiny", "messages": [says("What is this?", large)], "max_tokens": 2}
+            answer = asyncio.create_task(http.post("/v1/chat/completions", json=body))
+            while not answer.done():
+                assert (await http.get("/version")).status_code == 200
+                num_others += 1
+            return (await answer).status_code
+
+    assert asyncio.run(main()) == 200
+    assert num_others > 2
+
+
+# ---------------------------------------------------------------------- refusals
+def refused(server: Serving, content, param: str | None = None, **settings) -> str:
+    with pytest.raises(openai.APIStatusError) as error:
+        ask(server, {"role": "user", "content": content}, **settings)
+    assert "\n" not in error.value.body["message"]
+    assert "0x" not in error.value.body["message"]
+    assert "/" not in error.value.body["message"].replace("image/png", "").replace("http(s)", "")
+    if param is not None:
+        assert error.value.param == param
+    return f"{error.value.status_code} {error.value.body['message']}"
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("file:///etc/passwd", "of another kind"),
+        ("/etc/passwd", "of another kind"),
+        ("C:\\Windows\\win.ini", "of another kind"),
+        ("", "of another kind"),
+        ("ftp://example.org/a.png", "of another kind"),
+        ("http://example.org/a.png", "--allowed-image-hosts"),
+        ("HTTPS://example.org/a.png", "--allowed-image-hosts"),
+        ("data:image/png;base64,", "is empty"),
+        ("data:image/png;base64,!!!", "base64 is broken"),
+        ("data:text/plain;base64,AAAA", "of another kind"),
+        (data_url(b"no picture at all"), "is no picture"),
+        (data_url(picture()[:100]), "damaged or cut off"),
+        (data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n"), "is no picture"),
+        (data_url(b"\0" * 20_000_001), "at most 20 MB"),
+    ],
+)
+def test_what_is_no_picture(seeing, url, said):
+    content = [{"type": "text", "text": "x"}, part(RED), part(url)]
+    found = refused(seeing, content, "messages[0].content[2].image_url")
+    assert found.startswith("400 ")
+    assert said in found
+
+
+def test_a_picture_that_is_wrong_ends_its_own_request_only(seeing, pipe):
+    asked = [says(f"Tell me about {i}", RED if i % 2 else data_url(b"broken")) for i in range(6)]
+
+    def answer(message):
+        try:
+            return text_of(ask(seeing, message))
+        except openai.BadRequestError:
+            return None
+
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(answer, asked))
+    assert found == [same(pipe, message) if i % 2 else None for i, message in enumerate(asked)]
+    assert seeing.context.engine.num_open == 0
+
+
+@pytest.mark.parametrize("role", ["system", "assistant", "tool"])
+def test_pictures_are_the_users(seeing, role):
+    message = {"role": role, "content": [part(RED)], **({"tool_call_id": "x"} if role == "tool" else {})}
+    with pytest.raises(openai.BadRequestError, match=f"a message of the {role}") as error:
+        ask(seeing, message, says("x"))
+    assert error.value.param == "messages[0].content[0].image_url"
+
+
+def test_bounds(seeing):
+    assert "at most 16" in refused(seeing, [part(RED)] * 17, "messages[0].content[16].image_url")
+    assert "'auto' or 'high'" in refused(seeing, [part(RED, detail="low")], "messages[0].content[0].image_url.detail")
+    many = [part(data_url(picture(84, 28, seed=i))) for i in range(16)]
+    long = refused(seeing, [*many, {"type": "text", "text": "word " * 400}], "messages")
+    assert "of them of 16 pictures, the context holds 1024" in long
+
+
+def test_a_server_that_takes_fewer(seeing):
+    with Serving(seeing.engine, max_images=1, max_body_bytes=100_000) as server:
+        assert text_of(ask(server, says("x", RED))) == text_of(ask(seeing, says("x", RED)))
+        assert "at most 1" in refused(server, [part(RED), part(BLUE)])
+        assert refused(server, [part(data_url(b"0" * 100_000))]).startswith("413 ")
+
+
+def test_a_model_that_sees_nothing_says_so(serving):
+    assert "this model takes no pictures" in refused(serving, [part(RED)], "messages[0].content[0].image_url")
+    with serving.http() as http:
+        assert http.get("/v1/models").json()["data"][0]["input_modalities"] == ["text"]
+        answer = http.post("/v1/chat/interactive", json={"prompt": "x", "image_url": RED})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "image_url")
+        answer = http.post("/tokenize", json={"messages": [says("x", RED)]})
+        assert answer.json()["error"]["param"] == "messages[0].content[0].image_url"
+
+
+# ---------------------------------------------------------------------- pictures from elsewhere
+class Gallery(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        found = self.path == "/a.png"
+        data = picture(seed=1) if found else b"nothing"
+        self.send_response(200 if found else 302)
+        self.send_header("Content-Length", str(len(data)))
+        if not found:
+            self.send_header("Location", "/a.png")
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, form: str, *values: object) -> None:
+        pass
+
+
+@pytest.fixture
+def gallery() -> Iterator[str]:
+    """host:port of a server with one picture."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Gallery)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_pictures_of_hosts_that_were_named(seeing, gallery):
+    with Serving(seeing.engine, allowed_image_hosts=(gallery, "pictures.example.org")) as server:
+        assert text_of(ask(server, says("x", f"http://{gallery}/a.png"))) == text_of(ask(seeing, says("x", RED)))
+        for url in (f"http://{gallery}/moved.png", f"http://localhost:{gallery.split(':')[1]}/a.png"):
+            with pytest.raises(openai.BadRequestError) as error:
+                ask(server, says("x", url))
+            assert error.value.param == "messages[0].content[0].image_url"
