@@ -160,7 +160,7 @@ def engine_run(
         with_prompts = sum(1 for step in steps if step[1])
         most, after = max(step[1] for step in steps), seconds - marks[with_prompts - 1]
         print(
-            f"  {len(steps)} steps, {with_prompts} with prompts, of {most} tokens at most; then {after:.2f} s of decodes"
+            f"  {len(steps)} steps, {with_prompts} with prompts (at most {most} tokens), then {after:.2f} s of decodes"
         )
         print(
             "  steps (decodes, prompt tokens, pictures | s):",
@@ -195,6 +195,8 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=672)
     parser.add_argument("--backbone", default="vicuna")
     parser.add_argument("--no-peer", action="store_true")
+    parser.add_argument("--batched-tokens", type=int, nargs="+", default=[8192])
+    parser.add_argument("--profile", action="store_true", help="on a card")
     parser.add_argument("--tiny", action="store_true", help="to try this script on a CPU")
     given = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -234,20 +236,82 @@ def main() -> None:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        cache = {"cache_gb": 90.0} if device.type == "cuda" else {"cache_gb": 1.0}
-        config = EngineConfig(dtype=str(dtype).removeprefix("torch."), device=device.type, max_batch_size=64, **cache)
-        loaded = load_engine(folder, config)
-        print(f"engine: {loaded.described(given.backbone)}", flush=True)
-        encode_times(loaded.core._executor._runner.decoder.vision, shown[0], device)
-        best = float("inf")
-        for seed in (1, 0):
-            seconds, answers = engine_run(loaded.core, asked[seed], shown[seed], given.output_len, show=True)
-            best = min(best, seconds)
-            print(f"lmtool: {seconds:.2f} s, {given.requests * given.output_len / seconds:,.0f} tok/s", flush=True)
-        if peer_answers is not None:
-            same = sum(ours[0] == theirs[0] for ours, theirs in zip(answers, peer_answers, strict=True))
-            print(f"{peer_s / seconds:.2f} x transformers; first tokens equal: {same} of {given.requests}")
-        loaded.core.close()
+        ours = min(
+            engine_runs(folder, device, dtype, budget, asked, shown, given, peer_answers)
+            for budget in given.batched_tokens
+        )
+        if not given.no_peer:
+            prepared, processed = threads, transformers_processing(sets[0])
+            whole = (peer_s + processed) / (ours + prepared)
+            print(
+                f"{peer_s / ours:.2f} x transformers' generate; with its processor ({processed:.2f} s): {whole:.2f} x"
+            )
+
+
+def transformers_processing(images: list[Image.Image]) -> float:
+    """Seconds of its image processor, as it is chosen where torchvision is not installed."""
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+    side = {"height": 336, "width": 336}
+    process = LlavaNextImageProcessorPil(size={"shortest_edge": 336}, crop_size=side, image_grid_pinpoints=PINPOINTS)
+    process(images[:1], return_tensors="pt")
+    began = time.perf_counter()
+    process(images, return_tensors="pt")
+    return time.perf_counter() - began
+
+
+def engine_runs(
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    budget: int,
+    asked: list[list[list[int]]],
+    shown: list[list[PreparedImage]],
+    given: argparse.Namespace,
+    peer_answers: Any,
+) -> float:
+    cache = {"cache_gb": 90.0} if device.type == "cuda" else {"cache_gb": 1.0}
+    settings = {"dtype": str(dtype).removeprefix("torch."), "device": device.type, "max_batch_size": 64, **cache}
+    loaded = load_engine(folder, EngineConfig(max_batched_tokens=budget, **settings))
+    print(f"engine, at most {budget} tokens a step: {loaded.described(given.backbone)}", flush=True)
+    tower = loaded.core._executor._runner.decoder.vision
+    if budget == given.batched_tokens[0]:
+        encode_times(tower, shown[0], device)
+    best = float("inf")
+    for seed in (1, 0):
+        seconds, answers = engine_run(loaded.core, asked[seed], shown[seed], given.output_len, show=seed == 0)
+        best = min(best, seconds)
+        print(f"lmtool: {seconds:.2f} s, {given.requests * given.output_len / seconds:,.0f} tok/s", flush=True)
+    if peer_answers is not None:
+        same = sum(ours[0] == theirs[0] for ours, theirs in zip(answers, peer_answers, strict=True))
+        print(f"first tokens as transformers': {same} of {given.requests}", flush=True)
+    if given.profile and budget == given.batched_tokens[0]:
+        profile(loaded.core, tower, asked[1], shown[1])
+    loaded.core.close()
+    return best
+
+
+def profile(core: EngineCore, tower: Any, asked: list[list[int]], images: list[PreparedImage]) -> None:
+    """Where the time of steps with pictures goes: three requests that nobody has asked before."""
+    core.scheduler.blocks.prefix_caching = False
+    real = tower.encode
+
+    def encode(wanted: Any) -> Any:
+        with torch.profiler.record_function("ENCODE PICTURES"):
+            return real(wanted)
+
+    tower.encode = encode
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as seen:
+        engine_run(core, asked[:3], images[:3], 1, show=False)
+        _wait(torch.device("cuda"))
+    del tower.encode
+    rows = sorted(seen.key_averages(), key=lambda row: -row.self_device_time_total)
+    whole = sum(row.self_device_time_total for row in rows if not row.key.startswith("ENCODE"))
+    encoding = max((row.device_time_total for row in rows if row.key == "ENCODE PICTURES"), default=0.0)
+    print(f"profile of {3} prompts: {whole / 1e3:.1f} ms of kernels, pictures {encoding / 1e3:.1f} ms of them")
+    for row in [row for row in rows if row.self_device_time_total][:16]:
+        print(f"  {row.self_device_time_total / 1e3:8.2f} ms {row.count:5d} x {row.key[:100]}")
 
 
 if __name__ == "__main__":

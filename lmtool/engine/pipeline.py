@@ -6,6 +6,7 @@
 """
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from lmtool.tokenizer import Tokenizer, load_tokenizer
 if TYPE_CHECKING:
     from lmtool.images.form import ImageForm
 
+_PREPARING = 8  # threads that prepare pictures
 Message = dict[str, Any]
 Prompt = str | tuple[str, Any] | list[Message]  # a text, a text with a picture or several, a conversation
 
@@ -103,7 +105,11 @@ class Pipeline:
         config = self._default_config() if gen_config is None else gen_config
         if not isinstance(config, GenerationConfig):
             raise RequestError(f"gen_config is a {type(config).__name__}", "give an lmtool.GenerationConfig")
-        return self.stream([self._request(prompt, config) for prompt in _as_prompts(prompts)])
+        several = _as_prompts(prompts)
+        if len(several) == 1 or all(isinstance(prompt, str) for prompt in several):
+            return self.stream([self._request(prompt, config) for prompt in several])
+        with ThreadPoolExecutor(_PREPARING, "prepare") as pool:  # Pillow lets go of Python's lock
+            return self.stream(list(pool.map(lambda prompt: self._request(prompt, config), several)))
 
     def stream(self, requests: Sequence[Request]) -> Answers:
         """As `stream_infer`, for requests that `request` made of token ids."""

@@ -198,3 +198,25 @@ def test_load_engine_brings_the_tower(llava: Llava, prompts: dict[int, Prompt], 
     assert loaded.takes_images
     assert run_all(loaded.core, [request(2, prompts[2])])[2] == alone[2]
     loaded.core.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{}, {"max_batched_tokens": 64}, {"kv_dtype": "int8"}], ids=str)
+def test_on_a_gpu_answers_are_transformers(llava: Llava, prompts: dict[int, Prompt], settings: dict[str, Any]) -> None:
+    """With graphs for what has no picture: twice, so that the second time beginnings are found and copied."""
+    given = {"dtype": "float32", "device": "cuda", "cache_gb": 0.5, "max_batch_size": 8, "session_len": 512}
+    core = load_engine(llava[0], EngineConfig(**given, **settings)).core
+    near = bool(settings.get("kv_dtype"))
+    compared = 0
+    for first in (0, 10):
+        answers = run_all(core, [request(first + i, [*prompt, 21 + first]) for i, prompt in prompts.items()])
+        for i in (1, 2, 3, 4):
+            prompt = [*prompts[i], 21 + first]
+            images = [one for one in prompt if isinstance(one, PreparedImage)]
+            ids = [IMAGE_ID if isinstance(one, PreparedImage) else one for one in prompt]
+            with torch.inference_mode():
+                logits = expected_logits(llava[1], [*ids, *answers[first + i]], images)[-NEW - 1 : -1]
+            compared += check_greedy(answers[first + i], logits, torch.float16 if near else torch.float32)
+    assert compared >= (0.5 if near else 0.9) * 8 * NEW
+    assert core.scheduler.counters.num_cached_tokens > 0
+    core.close()
