@@ -76,7 +76,7 @@ class ReasoningItem(Strict):
 
 def _kind(item: Any) -> Any:
     """A message need not say that it is one."""
-    return item.get("type", "message") if isinstance(item, dict) else "message"
+    return item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", "message")
 
 
 Item = Annotated[

@@ -47,7 +47,7 @@ class ResponseAnswer:
         self._error: dict[str, str] | None = None
         self._num_reasoning = 0
         self._sequence_number = -1
-        said = body.model_dump(exclude_none=True, by_alias=True)
+        said = body.model_dump(exclude_none=True, by_alias=True, exclude={"input"})
         self._head = {
             "id": self.id,
             "object": "response",

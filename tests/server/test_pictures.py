@@ -12,12 +12,12 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from lmtool.images.load import decode_image
 
 from lmtool import GenerationConfig, pipeline
 from lmtool.config import EngineConfig
 from lmtool.engine.pipeline import Pipeline
 from lmtool.images.form import read_image_form
+from lmtool.images.load import decode_image
 from tests.server.pictures import data_url, part, picture, says
 from tests.server.serving import Serving
 from tests.server.support import llava_engine
