@@ -13,8 +13,8 @@ from lmtool.images.llava import Fit, LlavaForm
 
 OF_TRANSFORMERS = ("LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration")
 ORIGINALS = ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM")
-# the towers that originals name: (tile_size, patch_size) in pixels
-TOWERS = {"openai/clip-vit-large-patch14-336": (336, 14), "openai/clip-vit-large-patch14": (224, 14)}
+# the towers that originals name, by the last word: (tile_size, patch_size) in pixels
+TOWERS = {"clip-vit-large-patch14-336": (336, 14), "clip-vit-large-patch14": (224, 14)}
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 LONGEST_SIDE = 4096  # pixels of a tile or a grid: beyond it a file is damaged, and a picture would take gigabytes
@@ -66,7 +66,7 @@ def of_original(folder: Path, config: Mapping[str, Any]) -> LlavaForm:
     another grid only for a picture that fits into one tile: both forms of a model shall give one answer.
     """
     said = config.get("vision_config")
-    name = str(config.get("mm_vision_tower"))
+    name = str(config.get("mm_vision_tower")).rstrip("/").rpartition("/")[2]
     if said is None and name not in TOWERS:
         _only(folder, "mm_vision_tower", name, *TOWERS)
     tile, patch = TOWERS[name] if said is None else _tower(folder, said)
