@@ -38,10 +38,10 @@ class Picture:
             from lmtool.images.fetch import fetch_image
 
             return cls.of(source.partition("?")[0].rpartition("/")[2], fetch_image(source))
-        from lmtool.images.load import _file_bytes
+        from lmtool.images.load import file_bytes
 
         path = Path(source)
-        return cls.of(path.name, _file_bytes(path))
+        return cls.of(path.name, file_bytes(path))
 
     @classmethod
     def of(cls, name: str, data: bytes) -> "Picture":

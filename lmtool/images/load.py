@@ -44,7 +44,7 @@ def load_image(source: "ImageSource") -> "Image":
     if isinstance(source, bytes | bytearray | memoryview):
         return decode_image(bytes(source))
     if isinstance(source, Path):
-        return decode_image(_file_bytes(source), str(source))
+        return decode_image(file_bytes(source), str(source))
     if not isinstance(source, str):
         raise RequestError(
             f"a picture is a {type(source).__name__}", "give a path, a URL, the bytes of a file or a Pillow image"
@@ -58,7 +58,7 @@ def load_image(source: "ImageSource") -> "Image":
         return decode_image(fetch_image(source), _short(source))
     if not os.path.exists(source) and (data := _hidden_picture(source)) is not None:
         return decode_image(data)
-    return decode_image(_file_bytes(Path(source)), _short(source))
+    return decode_image(file_bytes(Path(source)), _short(source))
 
 
 def decode_image(data: bytes, name: str = "the picture") -> "Image":
@@ -128,7 +128,8 @@ def _hidden_picture(text: str) -> bytes | None:
     return data if data.startswith(_BEGINNINGS) and len(data) > 16 else None
 
 
-def _file_bytes(path: Path) -> bytes:
+def file_bytes(path: Path) -> bytes:
+    """Of a picture's file, unread. Raises RequestError for what is missing, no file, or larger than pictures may be."""
     name = _short(str(path))
     try:
         path = path.expanduser()
