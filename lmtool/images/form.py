@@ -1,6 +1,7 @@
 """`ImageForm`: how a model wants its pictures, read from its folder. Does not know what a vision tower is."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -43,8 +44,22 @@ def read_image_form(path: Path) -> ImageForm | None:
     if architecture in llava_config.OF_TRANSFORMERS:
         return llava_config.of_transformers(path, config, _processor(path))
     if architecture in llava_config.ORIGINALS:
-        return llava_config.of_original(path, config)
+        return _of_original(path, config)
     return None
+
+
+def _of_original(folder: Path, config: dict[str, Any]) -> ImageForm:
+    """An original LLaVA 1.5 only says of which CLIP model its tower is; that lies in its folder, beside it, or where
+    the name says, or is one that everybody knows."""
+    name = str(config.get("mm_vision_tower") or "").rstrip("/")
+    last = name.rpartition("/")[2]
+    places = (folder / last, folder.parent / last, Path(os.path.expanduser(name)))
+    tower = next((place for place in places if last and (place / "config.json").exists()), None)
+    if tower is None or config.get("vision_config") is not None:
+        return llava_config.of_original(folder, config, {})
+    stated = _json(tower / "config.json")
+    whole = config | {"vision_config": stated.get("vision_config", stated)}
+    return llava_config.of_original(folder, whole, _json(tower / "preprocessor_config.json"))
 
 
 def _processor(folder: Path) -> Mapping[str, Any]:

@@ -31,15 +31,9 @@ def of_transformers(folder: Path, config: Mapping[str, Any], processor: Mapping[
     kind = str(processor.get("image_processor_type")).removesuffix("Fast").removesuffix("Pil")
     known = ("LlavaNextImageProcessor",) if is_next else ("CLIPImageProcessor", "LlavaImageProcessor")
     _only(folder, "image_processor_type", kind, *known)
-    for key in ("do_resize", "do_center_crop", "do_rescale", "do_normalize"):
-        _only(folder, key, processor.get(key, True), True)
-    _only(folder, "resample", processor.get("resample", BICUBIC), BICUBIC)
-    factor = processor.get("rescale_factor", 1 / 255)
-    _only(folder, "rescale_factor", factor if isinstance(factor, str) else round(255 * factor, 6), 1.0)
     tile, patch = _tower(folder, config.get("vision_config") or {"image_size": 336, "patch_size": 14})
-    _only(folder, "crop_size", _side(processor.get("crop_size", CLIP_TILE)), tile)
-    size = processor.get("size", {"shortest_edge": CLIP_TILE})
-    _only(folder, "size", _side(size), tile)
+    _check_processor(folder, processor, tile)
+    size = processor.get("size")
     strategy = config.get("vision_feature_select_strategy", "default")
     _only(folder, "vision_feature_select_strategy", strategy, "default", *(() if is_next else ("full",)))
     fit: Fit = "crop" if not isinstance(size, dict) or "shortest_edge" in size else "stretch"
@@ -59,8 +53,8 @@ def of_transformers(folder: Path, config: Mapping[str, Any], processor: Mapping[
     )
 
 
-def of_original(folder: Path, config: Mapping[str, Any]) -> LlavaForm:
-    """As liuhaotian's: one flat config.json, whose tower's own folder says how pictures are cut.
+def of_original(folder: Path, config: Mapping[str, Any], processor: Mapping[str, Any]) -> LlavaForm:
+    """As liuhaotian's: one flat config.json. processor: the tower's preprocessor_config.json; {}: as all CLIPs have.
 
     Its grids are read as transformers reads them, height first. LLaVA's own code reads width first, which chooses
     another grid only for a picture that fits into one tile: both forms of a model shall give one answer.
@@ -70,6 +64,8 @@ def of_original(folder: Path, config: Mapping[str, Any]) -> LlavaForm:
     if said is None and name not in TOWERS:
         _only(folder, "mm_vision_tower", name, *TOWERS)
     tile, patch = TOWERS[name] if said is None else _tower(folder, said)
+    if processor:
+        _check_processor(folder, processor, tile)
     ratio = config.get("image_aspect_ratio") or "square"
     _only(folder, "image_aspect_ratio", ratio, "square", "pad", "anyres")
     feature = config.get("mm_vision_select_feature", "patch")
@@ -84,8 +80,8 @@ def of_original(folder: Path, config: Mapping[str, Any]) -> LlavaForm:
         fit=fits[ratio],
         tile_size=tile,
         patch_size=patch,
-        mean=CLIP_MEAN,
-        std=CLIP_STD,
+        mean=_channels(folder, "image_mean", processor.get("image_mean", CLIP_MEAN)),
+        std=_channels(folder, "image_std", processor.get("image_std", CLIP_STD)),
         pinpoints=pinpoints,
         keeps_class_token=feature == "cls_patch",
     )
@@ -97,6 +93,16 @@ def _only(folder: Path, key: str, value: Any, *known: Any) -> None:
             f"{folder}: {key} is {value!r}, pictures are prepared with {' or '.join(map(repr, known))} only",
             _TAKE_ANOTHER,
         )
+
+
+def _check_processor(folder: Path, processor: Mapping[str, Any], tile: int) -> None:
+    for key in ("do_resize", "do_center_crop", "do_rescale", "do_normalize"):
+        _only(folder, key, processor.get(key, True), True)
+    _only(folder, "resample", processor.get("resample", BICUBIC), BICUBIC)
+    factor = processor.get("rescale_factor", 1 / 255)
+    _only(folder, "rescale_factor", round(255 * factor, 6) if isinstance(factor, int | float) else factor, 1.0)
+    _only(folder, "crop_size", _side(processor.get("crop_size", CLIP_TILE)), tile)
+    _only(folder, "size", _side(processor.get("size", CLIP_TILE)), tile)
 
 
 def _tower(folder: Path, vision: Any) -> tuple[int, int]:

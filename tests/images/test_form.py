@@ -244,6 +244,38 @@ def test_originals(tmp_path: Path, more: dict[str, Any], fit: str) -> None:
     assert form_of(tmp_path, silent).fit == "crop"
 
 
+@pytest.mark.parametrize("place", ["model/my-clip", "my-clip", "far/away/my-clip"])
+def test_an_original_whose_tower_lies_elsewhere(tmp_path: Path, place: str) -> None:
+    name = str(tmp_path / "far/away/my-clip/")
+    vision = {"model_type": "clip_vision_model", "image_size": TILE, "patch_size": PATCH}
+    config = original_config(image_aspect_ratio="pad", mm_vision_tower=name)
+    folder_with(tmp_path / place, {"config.json": {"model_type": "clip", "vision_config": vision}})
+    form = form_of(tmp_path / "model", config)
+    assert (form.tile_size, form.patch_size, form.mean) == (TILE, PATCH, tuple(MEAN))
+    folder_with(
+        tmp_path / place, {"config.json": vision, "preprocessor_config.json": TINY | {"image_mean": [0, 0.5, 1]}}
+    )
+    assert form_of(tmp_path / "model", config).mean == (0.0, 0.5, 1.0)
+    folder_with(tmp_path / place, {"preprocessor_config.json": TINY | {"do_resize": False}})
+    with pytest.raises(CheckpointError, match="do_resize is False"):
+        form_of(tmp_path / "model", config)
+
+
+@pytest.mark.parametrize("name", ["openai/clip-vit-large-patch14", "/models/clip-vit-large-patch14/"])
+def test_towers_that_everybody_knows(tmp_path: Path, name: str) -> None:
+    form = form_of(tmp_path, original_config(image_aspect_ratio="pad", mm_vision_tower=name))
+    assert (form.tile_size, form.patch_size) == (224, 14)
+
+
+def test_a_workspace_keeps_how_pictures_are_cut(tmp_path: Path) -> None:
+    more = {"image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": PINPOINTS}
+    form = form_of(tmp_path / "model", hf_config(anyres=True), TINY | more)
+    files = {"lmtool.json": {"config": hf_config(anyres=True)}, "preprocessor_config.json": TINY | more}
+    workspace = folder_with(tmp_path / "workspace", files)
+    assert read_image_form(workspace) == form
+    assert read_image_form(workspace / "triton_models" / "weights") == form
+
+
 def test_grids_may_be_a_text(tmp_path: Path) -> None:
     text = str([tuple(pair) for pair in REAL_GRIDS])
     assert form_of(tmp_path, original_config(image_grid_pinpoints=text)) == form_of(tmp_path, original_config())
