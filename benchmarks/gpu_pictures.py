@@ -270,6 +270,9 @@ def engine_runs(
     given: argparse.Namespace,
     peer_answers: Any,
 ) -> float:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     cache = {"cache_gb": 90.0} if device.type == "cuda" else {"cache_gb": 1.0}
     settings = {"dtype": str(dtype).removeprefix("torch."), "device": device.type, "max_batch_size": 64, **cache}
     loaded = load_engine(folder, EngineConfig(max_batched_tokens=budget, **settings))
