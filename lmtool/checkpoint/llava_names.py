@@ -51,6 +51,10 @@ class NameForm:
         return name
 
     @property
+    def is_whole(self) -> bool:
+        return self.beginnings.keys() == _FORMS.keys()
+
+    @property
     def vision_modules(self) -> list[str]:
         """The modules of the vision part, for lists of what is not quantized: transformers compares such names from
         the beginning of its own, which have been under "model." since 4.52, vLLM and SGLang look for them anywhere."""

@@ -6,9 +6,9 @@ from typing import Any
 
 from lmtool.checkpoint.formats import Checkpoint
 from lmtool.checkpoint.hub import HUB_ID, cached_model
-from lmtool.checkpoint.llava_config import tower_settings
+from lmtool.checkpoint.llava_config import ORIGINAL_ARCHITECTURES, architecture_of, tower_settings, vision_settings
 from lmtool.checkpoint.manifest import PICKLE_SUFFIXES
-from lmtool.checkpoint.reader import HfCheckpoint
+from lmtool.checkpoint.reader import HfCheckpoint, read_json
 from lmtool.errors import CheckpointError
 
 _IN_CLIP = "vision_model."  # a whole CLIP model holds a text tower, too
@@ -23,6 +23,17 @@ class Tower:
     checkpoint: Checkpoint
     config: dict[str, Any]
     names: dict[str, str]
+
+
+def missing_tower(folder: Path) -> str | None:
+    """mm_vision_tower of an original LLaVA's folder whose files hold no tower; None for any other folder."""
+    config = folder / "config.json"
+    if not config.exists() or architecture_of(read_json(config)) not in ORIGINAL_ARCHITECTURES:
+        return None
+    checkpoint = HfCheckpoint(folder)
+    has_one = any("vision_tower." in name for name in checkpoint.names())
+    checkpoint.close()
+    return None if has_one else vision_settings(checkpoint.config).tower_name
 
 
 def find_tower(model: Path, name: str) -> Path:

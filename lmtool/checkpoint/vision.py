@@ -56,7 +56,7 @@ class VisionPart:
         self.merge = settings.merge
         self.form = form
         self.tower_path = tower_path
-        self._where = where
+        self.where = where
         self._places = {name: place for name, place in places.items() if name != POSITIONS}
         self._check(tower_config, settings, language_config(config)["hidden_size"])
 
@@ -99,14 +99,14 @@ class VisionPart:
 
     def _at(self, name: str) -> tuple[Checkpoint, str]:
         if name not in self._places:
-            raise CheckpointError(f"{self._where} holds no tensor {name}")
+            raise CheckpointError(f"{self.where} holds no tensor {name}")
         return self._places[name]
 
     def _check(self, tower: Mapping[str, Any], settings: VisionSettings, hidden_size: int) -> None:
         num_layers = tower["num_hidden_layers"]
         if not -num_layers <= settings.feature_layer <= num_layers or settings.feature_layer == 0:
             raise CheckpointError(
-                f"{self._where}: features of layer {settings.feature_layer}, the vision tower has {num_layers}",
+                f"{self.where}: features of layer {settings.feature_layer}, the vision tower has {num_layers}",
                 "config.json is damaged",
             )
         wanted = wanted_shapes(tower, settings, hidden_size)
@@ -114,11 +114,11 @@ class VisionPart:
         said = [f"{len(missing)} tensors are missing ({self._some(missing)})"] if missing else []
         said += [f"{len(unexpected)} are unexpected ({self._some(unexpected)})"] if unexpected else []
         if said:
-            raise CheckpointError(f"{self._where}: of what it sees with " + " and ".join(said), _NOT_ONE_MODEL)
+            raise CheckpointError(f"{self.where}: of what it sees with " + " and ".join(said), _NOT_ONE_MODEL)
         for name, shape in wanted.items():
             if self.shape(name) != shape:
                 found = f"{self.form.stored(name)} is {list(self.shape(name))}, not {list(shape)}"
-                raise CheckpointError(f"{self._where}: {found}", _NOT_ONE_MODEL)
+                raise CheckpointError(f"{self.where}: {found}", _NOT_ONE_MODEL)
 
     def _some(self, names: list[str]) -> str:
         shown = ", ".join(self.form.stored(name) for name in names[:_MOST_NAMES_SHOWN])

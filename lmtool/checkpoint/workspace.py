@@ -5,25 +5,26 @@ families.
 """
 
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import torch
 from torch import Tensor
 
 from lmtool import kernels
-from lmtool.checkpoint.formats import PackedInt4, PackedInt8, StoredW4
+from lmtool.checkpoint.formats import Checkpoint, PackedInt4, PackedInt8, StoredW4
+from lmtool.checkpoint.llava_config import architecture_of, language_config, stated_tower
+from lmtool.checkpoint.llava_names import NameForm
 from lmtool.checkpoint.manifest import MANIFEST
 from lmtool.checkpoint.reader import DTYPE_NAMES, open_shard, tensor_starts
 from lmtool.checkpoint.staging import StoredTensor
 from lmtool.checkpoint.tensor_file import checksum, tensor_bytes
+from lmtool.checkpoint.vision import VisionPart
 from lmtool.errors import CheckpointError
 from lmtool.kernels.w4_layout import W4Tiles
 
-if TYPE_CHECKING:
-    from lmtool.checkpoint.vision import VisionPart
-
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+TEXT_VERSION = 1  # of a model that takes no pictures: every lmtool reads that
 CONVERT_AGAIN = "convert the model again"
 # what a weight of each kind is made of; those in brackets may be absent
 PARTS = {
@@ -33,6 +34,7 @@ PARTS = {
     "int8": ("codes", "scale"),
 }
 _MAY_BE_ABSENT = {"order"}
+VISION = "vision."  # before our names of what a LLaVA sees with
 
 
 class TensorEntry(msgspec.Struct, forbid_unknown_fields=True):
@@ -64,7 +66,8 @@ class SourceEntry(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Manifest(msgspec.Struct, forbid_unknown_fields=True):
-    """``lmtool.json``. config: as in the source's config.json; quantization: as lmtool found it, for people."""
+    """``lmtool.json``. config: as in the source's config.json; quantization: as lmtool found it, for people; names: of
+    a LLaVA, how its files begin what we begin as the key says."""
 
     format_version: int
     lmtool_version: str
@@ -75,6 +78,7 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True):
     quantization: dict[str, Any] | None
     chat_template: str | None
     weights: dict[str, WeightEntry]
+    names: dict[str, str] = {}
 
 
 class _Version(msgspec.Struct):
@@ -152,7 +156,7 @@ class Workspace:
     """`Checkpoint` over a workspace, whose names are the loader's own."""
 
     format = "lmtool"
-    vision: "VisionPart | None" = None
+    vision: VisionPart | None = None
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -161,8 +165,14 @@ class Workspace:
         self.generation_config = self.manifest.generation_config
         self._weights = self.manifest.weights
         self._stored = self._find_tensors()
+        if architecture_of(self.config) is not None:
+            self._split()
 
     def names(self) -> list[str]:
+        return [name for name in self._weights if not name.startswith(VISION)]
+
+    def all_names(self) -> list[str]:
+        """Of what it sees with, too: for whoever reads all that there is."""
         return list(self._weights)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -227,6 +237,18 @@ class Workspace:
     def part_bytes(self, name: str) -> int:
         """Of a weight in its files."""
         return sum(self._part(name, part).num_bytes for part in self._weight(name).parts)
+
+    def _split(self) -> None:
+        """Of a LLaVA: the language model's part is what a workspace is of, the other is its `vision`."""
+        whole, form = self.config, NameForm(self.manifest.names)
+        tower = stated_tower(whole)
+        if tower is None or not form.is_whole:
+            raise CheckpointError(f"{self.path / MANIFEST} does not say what it sees with", CONVERT_AGAIN)
+        places: dict[str, tuple[Checkpoint, str]] = {
+            name.removeprefix(VISION): (self, name) for name in self._weights if name.startswith(VISION)
+        }
+        self.vision = VisionPart(whole, tower, places, form, self.path)
+        self.config = language_config(whole)
 
     def _weight(self, name: str) -> WeightEntry:
         if name not in self._weights:

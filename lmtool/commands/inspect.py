@@ -45,6 +45,22 @@ def inspect(
         print(f"{name:<10}  {neutralise(value)}")
 
 
+def _sight(found: "Inspection") -> list[tuple[str, str]]:
+    """Of a model that takes pictures."""
+    if (vision := found.vision) is None:
+        return []
+    where = f", in {vision.tower_path}" if vision.tower_path else ""
+    parts = f"{vision.num_parameters / 1e9:.2f} B parameters, {vision.num_bytes / 1e9:.2f} GB"
+    tiles = "1 tile" if vision.most_tiles == 1 else f"up to {vision.most_tiles} tiles"
+    return [
+        ("pictures", f"{vision.tower}; with its projector {parts}{where}"),
+        (
+            "a picture",
+            f"{tiles}, {'up to ' if vision.most_tiles > 1 else ''}{vision.most_rows:,} tokens of the context",
+        ),
+    ]
+
+
 def _rows(found: "Inspection") -> list[tuple[str, str]]:
     model, memory = found.model, found.memory
     stored = ", ".join(f"{count} × {kind}" for kind, count in sorted(found.stored.items()))
@@ -61,6 +77,7 @@ def _rows(found: "Inspection") -> list[tuple[str, str]]:
             f"{model.num_layers} layers, hidden {model.hidden_size}, MLP {model.intermediate_size}, {heads}, "
             f"vocabulary {model.vocab_size:,}, context {model.max_positions:,}",
         ),
+        *_sight(found),
         ("weights", f"{found.file_bytes / 1e9:.2f} GB: {stored}{groups}"),
         ("template", " ".join(template.split())[:200]),
         (

@@ -9,11 +9,14 @@ import torch
 
 from lmtool.checkpoint.formats import Checkpoint, open_checkpoint
 from lmtool.checkpoint.manifest import workspace_of
+from lmtool.checkpoint.vision import VisionPart
 from lmtool.checkpoint.workspace import CONVERT_AGAIN, Workspace
 from lmtool.convert.progress import Progress, silent
 from lmtool.convert.whole import check_weights
 from lmtool.engine.kv_cache import BLOCK_SIZE, block_bytes
 from lmtool.errors import CheckpointError, ConfigError, TokenizerError
+from lmtool.images.form import read_image_form
+from lmtool.images.llava import LlavaForm
 from lmtool.layers.weights import W4, Dense, Matrix
 from lmtool.models.config import ModelConfig
 from lmtool.models.decoder import Decoder, DecoderLayer
@@ -34,9 +37,23 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True)
+class Sight:
+    """What a LLaVA sees with. tower: its shape in words; tower_path: its folder, where it is not the model's; the
+    largest picture is most_tiles through the tower, and most_rows of the context, as a token is one."""
+
+    tower: str
+    tower_path: str | None
+    num_parameters: int
+    num_bytes: int
+    most_tiles: int
+    most_rows: int
+
+
+@dataclass(frozen=True, slots=True)
 class Inspection:
     """stored: how many weights of each dtype or code; chat_template: its text; no_tokenizer: why there is none;
-    verified: every byte was read and compared with its checksum, which only a workspace has."""
+    verified: every byte was read and compared with its checksum, which only a workspace has. Of a LLaVA all but
+    ``vision``, ``file_bytes`` and ``memory`` is the language model's."""
 
     path: str
     format: str
@@ -51,6 +68,7 @@ class Inspection:
     no_tokenizer: str | None
     memory: Memory
     verified: bool
+    vision: Sight | None = None
 
 
 def inspect(
@@ -90,7 +108,27 @@ def inspect(
             no_tokenizer=no_tokenizer,
             memory=memory_on_gpu(checkpoint, model, context, concurrency),
             verified=is_workspace and verify,
+            vision=None if checkpoint.vision is None else _sight(checkpoint.vision, checkpoint.path),
         )
+
+
+def _sight(vision: VisionPart, path: Path) -> Sight:
+    form = read_image_form(path)
+    assert isinstance(form, LlavaForm), "what has a vision part has a form of pictures"
+    tower = vision.tower_config
+    # of pictures that fill a grid: any other has less, for its padding is left out
+    grids = form.pinpoints or ((form.tile_size, form.tile_size),)
+    return Sight(
+        tower=(
+            f"CLIP, {tower['num_hidden_layers']} layers, hidden {tower['hidden_size']}, tiles of {tower['image_size']} "
+            f"pixels in patches of {tower['patch_size']}"
+        ),
+        tower_path=str(vision.tower_path) if vision.tower_path else None,
+        num_parameters=vision.num_parameters,
+        num_bytes=vision.num_bytes,
+        most_tiles=max((1 + h // form.tile_size * (w // form.tile_size) for h, w in form.pinpoints), default=1),
+        most_rows=max(form.num_tokens(size) for size in grids),
+    )
 
 
 def memory_on_gpu(checkpoint: Checkpoint, model: ModelConfig, context: int, concurrency: int) -> Memory:
@@ -98,13 +136,14 @@ def memory_on_gpu(checkpoint: Checkpoint, model: ModelConfig, context: int, conc
     numbers = torch.bfloat16 if model.dtype == "bfloat16" else torch.float16  # as `choose_dtype` on a card since 8.0
     keep_int4 = any(checkpoint.dtype(name) == "int4" for name in checkpoint.names())
     outline = outline_decoder(checkpoint, model, numbers, keep_int4=keep_int4, num_layers=model.num_layers)
+    seen_with = numbers.itemsize * checkpoint.vision.num_parameters if checkpoint.vision is not None else 0
     block = block_bytes(model, numbers)
     blocks = -(-context // BLOCK_SIZE) * concurrency + 1
     return Memory(
         dtype=str(numbers).removeprefix("torch."),
         context=context,
         concurrency=concurrency,
-        weights=_decoder_bytes(outline),
+        weights=_decoder_bytes(outline) + seen_with,
         cache=blocks * block,
         cache_per_token=block // BLOCK_SIZE,
     )
@@ -134,7 +173,7 @@ def _matrix_bytes(matrix: Matrix) -> int:
 
 def _verify(workspace: Checkpoint, progress: Progress) -> None:
     assert isinstance(workspace, Workspace)
-    names = workspace.names()
+    names = workspace.all_names()
     for done, name in enumerate(names):
         progress("reading every byte", done, len(names))
         workspace.verify(name)

@@ -64,6 +64,11 @@ def export_gguf(
     refuse_nesting(workspace_of(path), destination, str(path))
     progress = progress or silent
     with closing(open_workspace(path)) as workspace:
+        if workspace.vision is not None:
+            raise ConfigError(
+                f"{path} takes pictures, and a GGUF file holds a language model alone",
+                "`--to hf` goes back with all that it has",
+            )
         model = read_model_config(workspace.config)
         if kind is None:
             kind = (

@@ -15,6 +15,7 @@ from lmtool.checkpoint.packing import pack_awq
 from lmtool.checkpoint.quantized import head_parts
 from lmtool.checkpoint.reader import INDEX, SINGLE
 from lmtool.checkpoint.tensor_file import TensorFile
+from lmtool.checkpoint.vision import copy_picture_files
 from lmtool.checkpoint.workspace import Workspace
 from lmtool.checkpoint.writer import write_json
 from lmtool.convert import compare
@@ -23,6 +24,7 @@ from lmtool.convert.place import new_folder, refuse_nesting
 from lmtool.convert.progress import Progress, silent
 from lmtool.convert.stored import as_dtype
 from lmtool.convert.to_workspace import SHARD_BYTES
+from lmtool.convert.vision import check_vision, vision_tensors
 from lmtool.convert.whole import check_weights
 from lmtool.errors import ConfigError
 from lmtool.models.hf_view import HfView
@@ -82,9 +84,10 @@ def export(
         packed = {name for name in view.names() if view.dtype(name) in CODES}
         as_codes = {name for name in packed if view.dtype(name) == "int4"} if why is None else set()
         wanted = None if dtype == "auto" else getattr(torch, dtype)
-        num_tensors = _write_shards(folder, _tensors(view, as_codes, wanted, progress), 4 * len(view.names()))
+        num_tensors = _write_shards(folder, _all_tensors(view, as_codes, wanted, progress), _most_tensors(view))
         tokenizer = load_tokenizer(path)
         save_tokenizer(tokenizer, path, folder)
+        copy_picture_files(workspace_of(path), folder)
         if workspace.generation_config:
             write_json(folder / "generation_config.json", workspace.generation_config)
         made = "float16" if packed - as_codes else workspace.manifest.dtype
@@ -113,6 +116,25 @@ def _why_not_awq(workspace: Workspace) -> str | None:
     if any(weight.shape[0] % 8 for weight in weights):
         return "AWQ packs out features in eights"
     return None
+
+
+def _most_tensors(view: HfView) -> int:
+    return 4 * len(view.names()) + (len(view.vision.names()) if view.vision is not None else 0)
+
+
+def _all_tensors(
+    view: HfView, as_codes: set[str], dtype: torch.dtype | None, progress: Progress
+) -> Iterator[tuple[str, Tensor]]:
+    """Under the names of the files: a LLaVA's are those of the form that it came from."""
+    tensors = _tensors(view, as_codes, dtype, progress)
+    if view.vision is None:
+        yield from tensors
+        return
+    form = view.vision.form
+    for name, tensor in tensors:
+        yield form.stored(name), tensor
+    for name, values in vision_tensors(view.vision, dtype, progress):
+        yield form.stored(name), values
 
 
 def _tensors(
@@ -166,14 +188,16 @@ def _write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], most_tens
 
 
 def _config(workspace: Workspace, view: HfView, as_codes: set[str], dtype: str) -> dict[str, Any]:
-    config = dict(workspace.config) | {"dtype": dtype, "torch_dtype": dtype}
+    vision = workspace.vision
+    whole = workspace.config if vision is None else vision.config
+    config = whole | {"dtype": dtype, "torch_dtype": dtype}
     if as_codes:
         (group_size,) = {weight.group_size for weight in workspace.manifest.weights.values() if weight.kind == "w4"}
         dense = [
             stem
             for name in view.names()
             if name not in as_codes and len(view.shape(name)) == 2
-            for stem in (name.removesuffix(".weight"),)
+            for stem in (_end(name.removesuffix(".weight")) if vision else name.removesuffix(".weight"),)
             if "embed" not in stem and "wte" not in stem
         ]
         head = {"head_bits": 8} if any(int8_head(view, name) is not None for name in view.names()) else {}
@@ -183,9 +207,14 @@ def _config(workspace: Workspace, view: HfView, as_codes: set[str], dtype: str) 
             "group_size": group_size,
             "zero_point": True,
             "version": "gemm",
-            "modules_to_not_convert": dense or ["lm_head"],
+            "modules_to_not_convert": (dense or ["lm_head"]) + (vision.form.vision_modules if vision else []),
         }
     return config
+
+
+def _end(name: str) -> str:
+    """layers.3.mlp.down_proj: what all readers' names of a LLaVA's linear end with."""
+    return name[name.index("layers.") :] if "layers." in name else name
 
 
 def _check(workspace: Workspace, folder: Path, *, exact: bool, progress: Progress) -> compare.Difference:
@@ -193,4 +222,5 @@ def _check(workspace: Workspace, folder: Path, *, exact: bool, progress: Progres
         model = read_model_config(made.config)
         expected = Source(workspace, model, names_of(workspace), torch.float32, _CPU)
         actual = Source(made, model, names_of(made), torch.float32, _CPU)
+        check_vision(workspace, made)
         return compare.check(expected, actual, exact=exact, progress=progress)

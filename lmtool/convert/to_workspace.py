@@ -1,8 +1,9 @@
 """A checkpoint into a workspace: one tensor at a time, into files beside the destination, then in one rename."""
 
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,20 @@ import xxhash
 from lmtool import __version__
 from lmtool.checkpoint.engine_file import ENGINE_FILE, engine_file_text
 from lmtool.checkpoint.formats import Checkpoint, open_checkpoint
+from lmtool.checkpoint.llava_tower import find_tower, missing_tower
 from lmtool.checkpoint.manifest import MANIFEST, PICKLE_SUFFIXES
 from lmtool.checkpoint.tensor_file import TensorFile
-from lmtool.checkpoint.workspace import FORMAT_VERSION, Manifest, SourceEntry, TensorEntry, WeightEntry, Workspace
+from lmtool.checkpoint.vision import copy_picture_files
+from lmtool.checkpoint.workspace import (
+    FORMAT_VERSION,
+    TEXT_VERSION,
+    VISION,
+    Manifest,
+    SourceEntry,
+    TensorEntry,
+    WeightEntry,
+    Workspace,
+)
 from lmtool.checkpoint.writer import write_text
 from lmtool.convert import compare
 from lmtool.convert.job import Job, check_source, group_size_of, refuse_links_out
@@ -23,6 +35,7 @@ from lmtool.convert.place import check_destination, new_folder
 from lmtool.convert.progress import Progress, silent
 from lmtool.convert.stored import StoredForm, stored_form
 from lmtool.convert.unpickle import as_safetensors, pickle_files
+from lmtool.convert.vision import check_vision, vision_forms
 from lmtool.convert.whole import check_weights
 from lmtool.errors import ConfigError
 from lmtool.models.config import ModelConfig
@@ -53,18 +66,26 @@ def convert(job: Job, progress: Progress | None = None) -> Converted:
     if not job.allow_bin:
         return _convert(job, job.source, progress)
     files = pickle_files(job.source)
-    if not files:
-        if job.source.suffix in PICKLE_SUFFIXES:
-            raise ConfigError(f"--allow-bin: {job.name} is one file", "give the folder that holds it and config.json")
-        raise ConfigError(f"--allow-bin: {job.name} has no pickle weights, or has safetensors too", "leave it out")
+    if not files and job.source.suffix in PICKLE_SUFFIXES:
+        raise ConfigError(f"--allow-bin: {job.name} is one file", "give the folder that holds it and config.json")
     refuse_links_out(job.source)
-    with as_safetensors(job.source, files, job.destination, progress) as folder:
-        return _convert(job, folder, progress)
+    with ExitStack() as opened:
+        folder, tower = job.source, None
+        if files:
+            folder = opened.enter_context(as_safetensors(job.source, files, job.destination, progress))
+        if folder.is_dir() and (name := missing_tower(folder)) is not None:
+            tower = find_tower(job.source, name)
+            if pickled := pickle_files(tower):
+                unpickled = as_safetensors(tower, pickled, job.destination, progress, "unpickled-tower")
+                tower, files = opened.enter_context(unpickled), pickled
+        if not files:
+            raise ConfigError(f"--allow-bin: {job.name} has no pickle weights, or has safetensors too", "leave it out")
+        return _convert(job, folder, progress, tower)
 
 
-def _convert(job: Job, path: Path, progress: Progress) -> Converted:
-    """path: of the safetensors or the GGUF file."""
-    with closing(open_checkpoint(path)) as checkpoint:
+def _convert(job: Job, path: Path, progress: Progress, tower: Path | None = None) -> Converted:
+    """path: of the safetensors or the GGUF file; tower: of a LLaVA's tower that is not in it and was found."""
+    with closing(open_checkpoint(path, tower=tower)) as checkpoint:
         job.check_checkpoint(checkpoint)
         check_source(path, checkpoint)
         model = read_model_config(checkpoint.config)
@@ -75,6 +96,10 @@ def _convert(job: Job, path: Path, progress: Progress) -> Converted:
         with new_folder(job.destination, overwrite=job.overwrite) as folder:
             weights, exact = _write_weights(source, folder, _dtype(job), progress)
             save_tokenizer(tokenizer, job.tokenizer_path or path, folder)
+            if checkpoint.vision is not None:
+                for source_of_files in (job.tokenizer_path, path):
+                    if source_of_files is not None:
+                        copy_picture_files(source_of_files, folder)
             write_text(folder / ENGINE_FILE, engine_file_text(model.max_positions))
             manifest = _manifest(job, source, weights, tokenizer, progress)
             write_text(folder / MANIFEST, _as_json(manifest))
@@ -95,12 +120,16 @@ def _write_weights(
         wanted.append("head.weight")
     places = list(weight_places(wanted, source.config))
     forms = _forms(source, places, dtype, progress)
+    num_weights = len(places)
+    if (vision := source.checkpoint.vision) is not None:
+        forms = chain(forms, vision_forms(vision, dtype, progress))
+        num_weights += len(vision.names())
     entries: dict[str, WeightEntry] = {}
     exact, num_files = True, 0
-    while len(entries) < len(places):
+    while len(entries) < num_weights:
         num_files += 1
         path = folder / f"weights-{num_files:05d}.safetensors"
-        with TensorFile(path, most_tensors=3 * len(places)) as file:
+        with TensorFile(path, most_tensors=3 * num_weights) as file:
             for ours, form in forms:
                 entries[ours] = write_form(file, ours, form)
                 exact = exact and form.exact
@@ -138,12 +167,12 @@ def write_form(file: TensorFile, ours: str, form: StoredForm) -> WeightEntry:
 def _manifest(
     job: Job, source: Source, weights: dict[str, WeightEntry], tokenizer: Tokenizer, progress: Progress
 ) -> Manifest:
-    checkpoint = source.checkpoint
-    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    checkpoint, vision = source.checkpoint, source.checkpoint.vision
+    config = _without_quantization(checkpoint.config if vision is None else vision.written_config)
     if job.dtype != "auto":
         config |= {"dtype": job.dtype, "torch_dtype": job.dtype}
     return Manifest(
-        format_version=FORMAT_VERSION,
+        format_version=TEXT_VERSION if vision is None else FORMAT_VERSION,
         lmtool_version=__version__,
         source=SourceEntry(job.name, checkpoint.format, dict(_file_sums(job.source, progress))),
         config=config,
@@ -152,12 +181,21 @@ def _manifest(
         quantization=_quantization(checkpoint, weights),
         chat_template=tokenizer.chat_template,
         weights=weights,
+        names={} if vision is None else dict(vision.form.beginnings),
     )
 
 
+def _without_quantization(config: dict[str, Any]) -> dict[str, Any]:
+    """At either level of a LLaVA's."""
+    left = {key: value for key, value in config.items() if key != "quantization_config"}
+    inner = left.get("text_config")
+    return left | ({"text_config": _without_quantization(inner)} if isinstance(inner, dict) else {})
+
+
 def _numbers(weights: dict[str, WeightEntry]) -> str:
-    """The dtype of most of the tensors that hold numbers."""
-    dtypes = [weight.parts["values"].dtype for weight in weights.values() if weight.kind == "dense"]
+    """The dtype of most of the language model's tensors that hold numbers."""
+    own = (weight for name, weight in weights.items() if not name.startswith(VISION))
+    dtypes = [weight.parts["values"].dtype for weight in own if weight.kind == "dense"]
     return max(set(dtypes), key=dtypes.count)
 
 
@@ -192,8 +230,9 @@ def _as_json(manifest: Manifest) -> str:
 def _check(folder: Path, source: Source, *, exact: bool, progress: Progress) -> compare.Difference:
     """Raises InputError where what was written is not what was read."""
     written = Workspace(folder)
-    for done, name in enumerate(written.names()):
-        progress("reading it again", done, len(written.names()))
+    for done, name in enumerate(written.all_names()):
+        progress("reading it again", done, len(written.all_names()))
         written.verify(name)
+    check_vision(source.checkpoint, written)
     actual = Source(written, source.config, names_of(written), torch.float32, _CPU)
     return compare.check(source, actual, exact=exact, progress=progress)

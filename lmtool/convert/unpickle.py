@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lmtool.checkpoint.manifest import PICKLE_SUFFIXES
+from lmtool.checkpoint.reader import read_json
 from lmtool.checkpoint.tensor_file import TensorFile
 from lmtool.checkpoint.workspace import check_tensor_name
 from lmtool.child import module_command, module_environment
@@ -22,6 +23,7 @@ from lmtool.convert.place import temporary_folder
 from lmtool.convert.progress import Progress
 from lmtool.errors import CheckpointError, DeviceError, InputError
 
+_INDEX = "pytorch_model.bin.index.json"
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 _MOST_LINE = 1 << 16
 _MOST_TENSORS = 20_000
@@ -31,23 +33,41 @@ _COPIED = ("*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja")
 
 
 def pickle_files(folder: Path) -> list[Path]:
-    """The files with weights of a folder that has no safetensors."""
+    """The files with weights of a folder that has no safetensors: those of its index, if it has one."""
     if not folder.is_dir() or any(folder.glob("*.safetensors")):
         return []
+    if (folder / _INDEX).exists():  # beside them may lie what is in them, too: LLaVA's mm_projector.bin
+        return _indexed(folder)
     found = [file for file in sorted(folder.iterdir()) if file.suffix in PICKLE_SUFFIXES]
     return [file for file in found if not _NOT_WEIGHTS.match(file.name)]
 
 
+def _indexed(folder: Path) -> list[Path]:
+    weight_map = read_json(folder / _INDEX).get("weight_map")
+    names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
+    if not names or any(Path(name).name != name for name in names):
+        raise CheckpointError(f"{folder / _INDEX} names no files of its folder", "download the model again")
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} of {len(names)} weight files: {', '.join(missing[:3])}",
+            "download the model again",
+        )
+    return [folder / name for name in names]
+
+
 @contextmanager
-def as_safetensors(source: Path, files: list[Path], destination: Path, progress: Progress) -> Iterator[Path]:
-    """A folder next to ``destination`` with what ``source`` holds, for as long as the block lasts.
+def as_safetensors(
+    source: Path, files: list[Path], destination: Path, progress: Progress, what: str = "unpickled"
+) -> Iterator[Path]:
+    """A folder next to ``destination`` with what ``source`` holds, for as long as the block lasts. what: names it.
 
     A file is read whole: memory for the largest. Raises CheckpointError for a pickle of anything but tensors.
     """
     stems = [file.stem for file in files]
     if twice := next((stem for stem in stems if stems.count(stem) > 1), None):
         raise CheckpointError(f"{source} holds several files named {twice}", "leave the files of one model in it")
-    with temporary_folder(destination, "unpickled") as folder:
+    with temporary_folder(destination, what) as folder:
         for done, file in enumerate(files):
             progress("reading pickle files", done, len(files))
             with TensorFile(folder / f"{file.stem}.safetensors", _MOST_TENSORS) as written:

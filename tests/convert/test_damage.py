@@ -54,9 +54,9 @@ def test_a_wrong_dtype_is_found(workspace: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_a_newer_format_is_named(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rewrite(workspace, {"format_version": 2, "something": "new"})
+    rewrite(workspace, {"format_version": 3, "something": "new"})
     line = refused(capsys, "inspect", workspace)
-    assert "has format version 2, this lmtool reads up to 1" in line
+    assert "has format version 3, this lmtool reads up to 2" in line
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,7 @@ def test_what_is_no_pickle_is_not_called_one(pickled: Path, capsys: pytest.Captu
 
 
 def test_two_files_of_one_name(pickled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (pickled / "pytorch_model.bin.index.json").unlink()  # it would say which is meant
     name = "pytorch_model-00002-of-00002"
     (pickled / f"{name}.bin").rename(pickled / f"{name}.pt")
     torch.save({}, pickled / f"{name}.bin")

@@ -247,7 +247,7 @@ def test_as_written_every_setting_of_engine_toml_can_be_turned_on(tmp_path: Path
     workspace, _ = to_workspace(tiny_folder(tmp_path / "model"))
     file = workspace / "engine.toml"
     settings = [line.removeprefix("# ") for line in file.read_text().splitlines() if " = " in line]
-    assert len(settings) == 8
+    assert len(settings) == 9
     file.write_text("\n".join(settings).replace("cache_gb = 4.0", "cache_gb = 0.01"))
     assert load_engine(workspace, EngineConfig(device="cpu")).plan.session_len == 128
 

@@ -10,13 +10,19 @@ import torch
 from safetensors.torch import load_file
 
 from lmtool.checkpoint.formats import open_checkpoint
+from lmtool.checkpoint.vision import copy_picture_files
+from lmtool.config import EngineConfig
+from lmtool.engine.setup import load_engine
 from lmtool.errors import CheckpointError
+from lmtool.images.prepared import IMAGE_ID
 from lmtool.models.loader import load_decoder, read_model_config
 from lmtool.quant.calibrate import FOLDER, calibrate
 from lmtool.quant.options import CalibrationOptions
 from tests.checkpoint.llava_forms import FORMS, in_form, llava_in_form, move_tower_out
+from tests.engine.test_pictures import request
+from tests.models.test_llava import load, logits_of, picture
 from tests.quant.models import Silent, dense_again, job, run, text_file
-from tests.support import all_logits
+from tests.support import all_logits, check_greedy, run_all
 from tests.tiny_llava import tiny_llava
 
 IDS = [5, 9, 200, 31, 7, 80, 81]
@@ -68,6 +74,24 @@ def test_every_form_is_that_form_again(form: str, method: str, tmp_path: Path, t
     torch.testing.assert_close(logits(out), logits(dense))
     # matrices without any structure lose a quarter in 4 bits; one in another's place gives 1.4
     assert (logits(out) - logits(model)).norm() < 0.5 * logits(model).norm()
+
+
+@pytest.mark.parametrize("form", ["transformers 5", "original"])
+def test_the_engine_sees_pictures_with_it(form: str, tmp_path: Path, text: Path) -> None:
+    """Its answer on codes is that of the numbers which they stand for, step by step."""
+    model, out, dense = tmp_path / "model", tmp_path / "out", tmp_path / "dense"
+    llava_in_form(model, form)
+    run(model, out, text)
+    dense_again(out, dense)
+    copy_picture_files(out, dense)
+    decoder, shape = load(dense)
+    shown = [shape.prepare(picture(size)) for size in ((64, 48), (20, 90))]
+    loaded = load_engine(out, EngineConfig(device="cpu", max_batch_size=2, session_len=1024))
+    assert loaded.weights == "int4"
+    answer = run_all(loaded.core, [request(1, [5, shown[0], 9, shown[1], 11], max_new_tokens=12)])[1]
+    with torch.inference_mode():
+        expected = logits_of(decoder, [5, IMAGE_ID, 9, IMAGE_ID, 11, *answer], shown)
+    assert check_greedy(answer, expected[-len(answer) - 1 : -1]) >= 0.9 * 12
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
