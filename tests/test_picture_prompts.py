@@ -1,10 +1,13 @@
 """Conversations with pictures become the ids that transformers' processors and LLaVA's own code make of them."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
@@ -187,6 +190,20 @@ def test_who_says_image_shows_none(tmp_path: Path, has_token: bool, special: boo
         ids = tokenizer.chat_ids([said(texts[0], PICTURE, *texts[1:])])
         assert ids.count(IMAGE_ID) == 1
         assert not {image, end} - {None} & set(ids)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cuts=st.lists(st.integers(0, 30), max_size=6), before=st.sampled_from(["", "<", "<|im_", "<ima", "a "]))
+def test_however_a_name_is_cut_into_parts_it_is_none(folder: Path, cuts: list[int], before: str) -> None:
+    (folder / "chat_template.jinja").write_text(MISTRAL)  # which puts parts side by side
+    tokenizer = load_tokenizer(folder)
+    text = before + "<image><|im_end|><|begin|>"
+    edges = sorted({0, len(text), *(cut % len(text) for cut in cuts)})
+    parts = [text[start:end] for start, end in pairwise(edges)]
+    ids = tokenizer.chat_ids([said(*parts)])
+    assert not {IMAGE_ID, tokenizer.token_id("<image>"), tokenizer.token_id("<|im_end|>")} & set(ids)
+    assert ids.count(tokenizer.bos_id) == 1
+    assert tokenizer.decode(ids) == f"[INST] {text} [/INST]"
 
 
 def test_a_picture_has_no_text(folder: Path) -> None:

@@ -105,11 +105,10 @@ def _target(url: str) -> Target:
 def _connected(addresses: Sequence[str], target: Target, deadline: float) -> socket.socket:
     """To the first of the addresses that answers."""
     refused = OSError(errno.EADDRNOTAVAIL, "it has no address")
-    for address in addresses:
+    for i, address in enumerate(addresses):
+        share_s = _left(deadline) / (len(addresses) - i)  # one that swallows everything leaves time for the next
         try:
-            plain = socket.create_connection((address, target.port), timeout=_left(deadline))
-        except TimeoutError:
-            raise
+            plain = socket.create_connection((address, target.port), timeout=share_s)
         except OSError as error:
             refused = error
             continue

@@ -130,6 +130,28 @@ def test_the_next_address_where_one_does_not_answer(serve: Callable[..., Server]
     assert "it has no address" in refusal(lambda: fetch_image(url, allowed_hosts=hosts, resolver=Resolver()))
 
 
+def test_an_address_that_swallows_everything_leaves_time(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(GOOD)
+    connect, given_s = socket.create_connection, []
+
+    def swallow(address: tuple[str, int], timeout: float) -> socket.socket:
+        given_s.append(timeout)
+        if address[0] == "127.0.0.2":
+            raise TimeoutError
+        return connect(address, timeout=timeout)
+
+    monkeypatch.setattr(socket, "create_connection", swallow)
+    hosts = [f"pictures.test:{server.port}"]
+    url = f"http://pictures.test:{server.port}/"
+    resolver = Resolver("127.0.0.2", "127.0.0.1")
+    assert fetch_image(url, allowed_hosts=hosts, timeout_s=20, resolver=resolver) == BODY
+    assert given_s[0] <= 10 < given_s[1]
+    said = refusal(lambda: fetch_image(url, allowed_hosts=hosts, resolver=Resolver("127.0.0.2")))
+    assert "took longer than 10 s" in said
+
+
 def test_every_form_of_a_body(serve: Callable[..., Server]) -> None:
     chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n%s\r\n0\r\n\r\n" % BODY[:5]
     assert fetched(serve(chunked)) == BODY[:5]

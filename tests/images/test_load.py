@@ -4,6 +4,7 @@ import base64
 import io
 import os
 import struct
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from lmtool.errors import RequestError
+from lmtool.errors import InputError, RequestError
 from lmtool.images.load import data_url_bytes, decode_image, load_image
 from lmtool.vl import encode_image_base64
 
@@ -119,6 +120,15 @@ def test_data_urls_that_are_none(url: str, said: str) -> None:
 @pytest.mark.parametrize("source", [1, None, ["a.png"], {"url": "x"}, np.zeros((2, 2, 3))])
 def test_things_that_are_no_source(source: Any) -> None:
     assert f"a picture is a {type(source).__name__}" in refusal(source)
+
+
+def test_without_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.delitem(sys.modules, "PIL.Image")
+    with pytest.raises(
+        InputError, match=r"pictures need Pillow, which is not installed; pip install 'lmtool\[vision\]'"
+    ):
+        load_image("a.png")
 
 
 # ------------------------------------------------------------------ files that are none
