@@ -229,6 +229,15 @@ def test_the_processor_s_template_goes_before_the_tokenizer_s(tmp_path: Path) ->
     assert load_tokenizer(tmp_path).chat_template == settings["chat_template"]
 
 
+def test_a_workspace_knows_its_pictures(folder: Path, tmp_path: Path) -> None:
+    (folder / "chat_template.jinja").write_text(VICUNA)
+    config = json.loads((folder / "config.json").read_text())
+    copied = {name: (folder / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
+    workspace = folder_with(tmp_path, {"lmtool.json": {"config": config, "chat_template": VICUNA}, **copied})
+    for messages in CONVERSATIONS.values():
+        assert load_tokenizer(workspace).chat_ids(messages) == load_tokenizer(folder).chat_ids(messages)
+
+
 def test_a_template_that_leaves_pictures_out(tmp_path: Path) -> None:
     """Its prompts have no place for them, which whoever makes the request refuses."""
     only_texts = "{% for part in messages[0].content if part.type == 'text' %}{{ part.text }}{% endfor %}"
