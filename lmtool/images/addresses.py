@@ -11,6 +11,8 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 from urllib.parse import urlsplit
 
+from lmtool.errors import ConfigError
+
 _UNICAST = IPv6Network("2000::/3")  # all that has been given out of IPv6
 _NAT64 = IPv6Network("64:ff9b::/96")  # RFC 6052: the last 32 bits are an IPv4 address
 _TUNNELS = (IPv6Network("2001::/32"), IPv6Network("2002::/16"))  # Teredo, 6to4: they lead to an IPv4 address
@@ -35,14 +37,18 @@ def is_public(address: str) -> bool:
 def is_named(host: str, port: int, is_default_port: bool, names: Sequence[str]) -> bool:
     """Whether an operator has named it.
 
-    names: 'example.org' on its scheme's own port, 'example.org:8000', '*.example.org' for all below it, '[::1]:80'
+    names: 'example.org' on its scheme's own port, 'example.org:8000', '*.example.org' for all below it, '[::1]:80'.
+    Raises ConfigError for one of another form.
     """
     host = host.lower().rstrip(".")
 
     def means(name: str) -> bool:
-        parts = urlsplit(f"//{name.lower()}")
-        known = (parts.hostname or "").rstrip(".")
-        of_port = is_default_port if parts.port is None else parts.port == port
+        try:
+            parts = urlsplit(f"//{name.lower()}")
+            known, own_port = (parts.hostname or "").rstrip("."), parts.port
+        except ValueError:
+            raise ConfigError(f"{name!r} is no host", "give example.org, example.org:8000 or *.example.org") from None
+        of_port = is_default_port if own_port is None else own_port == port
         return of_port and (known == host or (known.startswith("*.") and host.endswith(known[1:])))
 
     return any(map(means, names))

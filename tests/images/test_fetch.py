@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lmtool.errors import RequestError
+from lmtool.errors import ConfigError, RequestError
 from lmtool.images.addresses import is_named, is_public, resolve
 from lmtool.images.fetch import fetch_image
 from lmtool.images.load import load_image
@@ -251,6 +251,12 @@ def test_load_image_asks_nobody_here(serve: Callable[..., Server]) -> None:
 )
 def test_hosts_that_were_named(host: str, port: int, names: list[str], expected: bool) -> None:
     assert is_named(host, port, port == 443, names) == expected
+
+
+@pytest.mark.parametrize("name", ["example.org:99999", "example.org:http", "[::1"])
+def test_names_that_are_none(name: str) -> None:
+    with pytest.raises(ConfigError, match="is no host; give example.org, "):
+        is_named("example.org", 80, True, [name])
 
 
 def test_a_host_that_was_not_named(serve: Callable[..., Server]) -> None:
