@@ -6,17 +6,19 @@ import base64
 import io
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+_THUMBNAIL_SIDE = 200
 _IS_URL = re.compile(r"https?://", re.IGNORECASE)
 _KINDS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif"}  # that servers of all kinds read
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Picture:
     """name: for the user. url: a data URL. width, height: pixels."""
 
@@ -29,6 +31,16 @@ class Picture:
         num_bytes = len(self.url.partition(",")[2]) * 3 // 4
         size = f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:.0f} kB"
         return f"{self.name}, {self.width} × {self.height}, {size}"
+
+    @cached_property
+    def thumbnail(self) -> str:
+        """A small one for a page, as a data URL of some kilobytes."""
+        from lmtool.images.load import load_image
+
+        small, out = load_image(self.url), io.BytesIO()
+        small.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
+        small.save(out, "JPEG")
+        return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"
 
     @classmethod
     def read(cls, source: str) -> "Picture":

@@ -1,21 +1,27 @@
-"""The chat as a page in a browser, made with gradio: streamed answers, conversations, a system prompt, sampling.
+"""The chat as a page in a browser, made with gradio: streamed answers, conversations, a system prompt, sampling, and
+pictures where the model takes them.
 
 Nothing of it comes from elsewhere or is told to anybody: gradio's analytics are off, fonts and scripts are its own.
 """
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 
 from lmtool.chat.backend import Backend
+from lmtool.chat.pictures import Picture
 from lmtool.chat.web_book import Answering, Book, answer_shown, sampling, shown
 from lmtool.config import GenerationConfig
-from lmtool.errors import LmtoolError
+from lmtool.errors import InputError, LmtoolError
+from lmtool.images.load import MOST_BYTES, file_bytes
 
 _REFRESH_S = 0.05
 _NUM_PARTS = 7  # of the page, that `Page._page` fills
+_KEEP_S = (600, 3600)  # how often uploaded files are looked for, and how old they get
 _CSS = "footer {display: none !important}"
 
 
@@ -26,6 +32,7 @@ class Page:
         self._backend = backend
         self._defaults = defaults
         self._answering: dict[str | None, Answering] = {}  # by browser page
+        self.takes_pictures = backend.takes_pictures is not False  # a server that does not say may
         self.blocks = self._build()
         # answers wait in the backend, not in gradio: by itself it would make one at a time
         self.blocks.queue(default_concurrency_limit=users, api_open=False)
@@ -33,7 +40,7 @@ class Page:
     # ------------------------------------------------------------------ what is on the page
     def _build(self) -> gr.Blocks:
         defaults = self._defaults
-        with gr.Blocks(title="lmtool", analytics_enabled=False, fill_height=True) as blocks:
+        with gr.Blocks(title="lmtool", analytics_enabled=False, fill_height=True, delete_cache=_KEEP_S) as blocks:
             book = gr.State(Book())
             with gr.Row():
                 with gr.Column(scale=1, min_width=220):
@@ -58,9 +65,7 @@ class Page:
                     )
                     status = gr.Textbox(show_label=False, container=False, interactive=False, elem_id="status")
                     with gr.Row():
-                        question = gr.Textbox(
-                            show_label=False, placeholder="Say something", scale=8, lines=1, elem_id="question"
-                        )
+                        question = _question_box(self.takes_pictures)
                         send = gr.Button("Send", variant="primary", elem_id="send")
                         stop = gr.Button("Stop", elem_id="stop")
             page = [chat, question, status, chosen, new, delete, book]
@@ -88,7 +93,7 @@ class Page:
     # ------------------------------------------------------------------ what happens
     def _answer(
         self,
-        question: str,
+        question: str | dict[str, Any],
         book: Book,
         system: str,
         temperature: float,
@@ -100,28 +105,35 @@ class Page:
         if request.session_hash in self._answering:  # Enter, pressed while an answer comes
             yield [gr.skip()] * _NUM_PARTS
             return
-        if not question.strip():
+        text, files = (question, []) if isinstance(question, str) else (question["text"] or "", question["files"])
+        if not text.strip():
             yield self._page(book, "type something first")
             return
         session.system = system.strip() or None
-        asked = shown(session, question)
         drawn_s, draft = 0.0, None
-        yield self._page(book, "…", asked, busy=True, draft="")
         try:
             config = sampling(self._defaults, temperature, top_p, most)
-            turn = self._answering[request.session_hash] = Answering(self._backend, session, question, config)
-            for text in turn:
+            pictures = tuple(_uploaded(file) for file in files)
+            asked = shown(session, text, pictures)
+            yield self._page(book, "…", asked, busy=True, draft=self._draft("", []))
+            turn = Answering(self._backend, session, text, config, pictures)
+            self._answering[request.session_hash] = turn
+            for answer in turn:
                 if time.monotonic() - drawn_s > _REFRESH_S:
                     drawn_s = time.monotonic()
-                    yield self._page(book, "…", asked + answer_shown(text, inside=turn.inside), busy=True)
+                    yield self._page(book, "…", asked + answer_shown(answer, inside=turn.inside), busy=True)
             kept = turn.keep()
             status = turn.summary() if kept else "stopped; nothing is kept"
-            draft = None if kept else question
+            draft = None if kept else self._draft(text, files)
         except LmtoolError as error:
-            status, draft = " ".join(f"error: {error}".split()), question
+            status, draft = " ".join(f"error: {error}".split()), self._draft(text, files)
         finally:
             self._answering.pop(request.session_hash, None)
         yield self._page(book, status, draft=draft)
+
+    def _draft(self, text: str, files: list[str]) -> str | dict[str, Any]:
+        """What stands in the question's field."""
+        return {"text": text, "files": files} if self.takes_pictures else text
 
     def _stop(self, request: gr.Request) -> None:
         turn = self._answering.get(request.session_hash)
@@ -155,7 +167,7 @@ class Page:
         return [*self._page(book, status), book.session.system or ""]
 
     def _page(
-        self, book: Book, status: str, messages: Any = None, *, busy: bool = False, draft: str | None = None
+        self, book: Book, status: str, messages: Any = None, *, busy: bool = False, draft: Any = None
     ) -> list[Any]:
         """What stands in chat, question, status, conversations and their buttons, and the book itself. draft: instead
         of what the user is typing."""
@@ -171,6 +183,30 @@ class Page:
         ]
 
 
+def _question_box(takes_pictures: bool) -> gr.Textbox | gr.MultimodalTextbox:
+    if not takes_pictures:
+        return gr.Textbox(show_label=False, placeholder="Say something", scale=8, lines=1, elem_id="question")
+    return gr.MultimodalTextbox(
+        show_label=False,
+        placeholder=f"Say something; drop or paste pictures here, of at most {MOST_BYTES // 10**6} MB each",
+        file_types=["image"],
+        file_count="multiple",
+        sources=["upload"],
+        submit_btn=False,
+        scale=8,
+        lines=1,
+        elem_id="question",
+    )
+
+
+def _uploaded(file: str) -> Picture:
+    """Raises InputError for what is no picture, or was never uploaded: gradio looks after that, and so do we."""
+    path = Path(file).resolve()
+    if not path.is_relative_to(Path(get_upload_folder()).resolve()):
+        raise InputError(f"{path.name} was not uploaded", "put it into the field again")
+    return Picture.of(path.name, file_bytes(path))
+
+
 def launch(page: Page, name: str, port: int) -> str:
     """Serve it on threads of its own; its address."""
     _, url, _ = page.blocks.launch(
@@ -183,7 +219,7 @@ def launch(page: Page, name: str, port: int) -> str:
         css=_CSS,
         theme=gr.themes.Base(),
         footer_links=[],
-        max_file_size=1024,  # there is nothing to upload
+        max_file_size=MOST_BYTES if page.takes_pictures else 1024,  # else there is nothing to upload
         mcp_server=False,
         enable_monitoring=False,
     )

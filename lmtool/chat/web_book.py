@@ -1,10 +1,12 @@
 """The conversations of one browser page, and one turn of one of them. Knows neither the page nor what makes tokens."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lmtool.chat.backend import Backend, Delta
+from lmtool.chat.pictures import Picture
 from lmtool.chat.session import Session, Turn
 from lmtool.chat.stats import TurnStats
 from lmtool.config import GenerationConfig
@@ -12,6 +14,7 @@ from lmtool.errors import InputError
 from lmtool.tokenizer.thinking import ThinkSplitter
 
 _TITLE_CHARS = 40
+_NOT_IN_NAMES = r"[^\w .-]"  # of pictures, where Markdown would make something of it
 Shown = list[dict[str, Any]]  # as gradio's Chatbot takes messages
 
 
@@ -49,15 +52,20 @@ class Book:
         self.current = max(self.sessions)
 
 
-def shown(session: Session, question: str | None = None) -> Shown:
+def shown(session: Session, question: str | None = None, pictures: tuple[Picture, ...] = ()) -> Shown:
     """Messages of a conversation as the page shows them; the system prompt has a field of its own."""
     found: Shown = []
     for turn in session.turns:
-        found.append({"role": "user", "content": turn.user})
+        found.append(_question_shown(turn.user, turn.pictures))
         found += answer_shown(turn.assistant)
     if question is not None:
-        found.append({"role": "user", "content": question})
+        found.append(_question_shown(question, pictures))
     return found
+
+
+def _question_shown(text: str, pictures: tuple[Picture, ...]) -> dict[str, Any]:
+    small = [f"![{re.sub(_NOT_IN_NAMES, '_', picture.name)}]({picture.thumbnail})" for picture in pictures]
+    return {"role": "user", "content": "\n\n".join([" ".join(small), text] if small else [text])}
 
 
 def answer_shown(text: str, *, inside: bool = False) -> Shown:
@@ -82,6 +90,7 @@ class Answering:
     session: Session
     question: str
     config: GenerationConfig
+    pictures: tuple[Picture, ...] = ()
     text: str = ""
     last: Delta = field(default_factory=lambda: Delta(text=""))
     inside: bool = False
@@ -91,7 +100,7 @@ class Answering:
 
     def __iter__(self) -> Iterator[str]:
         """Raises LmtoolError."""
-        messages = self.session.messages(self.question)
+        messages = self.session.messages(self.question, self.pictures)
         self.inside = self.backend.opens_thought(messages)
         self._stream = self.backend.stream(messages, self.config)
         if self._aborted:
@@ -122,7 +131,7 @@ class Answering:
         """The turn is part of the conversation, also as far as it came; False: there is nothing of it."""
         if self._dropped or (self._aborted and not self.text):
             return False
-        self.session.turns.append(Turn(self.question, self.text, partial=self._aborted))
+        self.session.turns.append(Turn(self.question, self.text, self._aborted, self.pictures))
         return True
 
     def summary(self) -> str:
