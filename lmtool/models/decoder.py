@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lmtool.layers.attention import attention
 from lmtool.layers.context import AttentionContext
+from lmtool.layers.group import Group
 from lmtool.layers.kv_store import KvStore
 from lmtool.layers.rotary import cos_sin_table
 from lmtool.layers.weights import Matrix
@@ -56,6 +57,8 @@ class Decoder:
         # k_meta and v_meta of each layer, where the model brings a static K/V quantization
         self.kv_parameters: Sequence[tuple[Tensor, Tensor]] | None = None
         self.vision: VisionTower | None = None
+        # the other ranks, where each holds a part of every matrix (`shard.py`)
+        self.group: Group | None = None
         self.cos_sin = cos_sin_table(config.rope, num_positions, embed.device)
 
     @property
@@ -81,7 +84,7 @@ class Decoder:
         inserted: what pictures have in place of embeddings.
         """
         config = self.config
-        hidden = torch.nn.functional.embedding(ids, self.embed)
+        hidden = self._embedded(ids)
         if inserted is not None:
             hidden.index_copy_(0, inserted.rows, inserted.values)
         cos_sin = self.cos_sin.index_select(0, step.positions)
@@ -95,10 +98,26 @@ class Decoder:
             attended = attention(q, cache, step, scale, config.sliding_window)
             if wanted is not None and layer is self.layers[-1]:
                 hidden, attended = hidden.index_select(0, wanted), attended.index_select(0, wanted)
-            layer.o.add_linear_(hidden, attended)
+            self._add_(layer.o, hidden, attended)
             gated = layer.gate_up.norm_linear_silu(hidden, layer.mlp_norm, config.rms_norm_eps)
-            layer.down.add_linear_(hidden, gated)
+            self._add_(layer.down, hidden, gated)
         return hidden
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        if self.group is None:
+            return torch.nn.functional.embedding(ids, self.embed)
+        own = ids - self.group.rank * len(self.embed)
+        is_own = (own >= 0) & (own < len(self.embed))
+        rows = torch.nn.functional.embedding(own.clamp(0, len(self.embed) - 1), self.embed)
+        return self.group.all_reduce_(rows.mul_(is_own[:, None]))
+
+    def _add_(self, matrix: Matrix, hidden: Tensor, x: Tensor) -> None:
+        """hidden += the matrix times x, of which each rank has a part; the first one's sum brings what was there."""
+        if self.group is not None and self.group.rank:
+            hidden.zero_()
+        matrix.add_linear_(hidden, x)
+        if self.group is not None:
+            self.group.all_reduce_(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, H] → float32 logits [n, V]."""
@@ -106,4 +125,7 @@ class Decoder:
 
     def scores(self, hidden: Tensor) -> Tensor:
         """The logits in the model's dtype: `sample` widens them as it reads."""
-        return self.head.norm_linear(hidden, self.final_norm, self.config.rms_norm_eps)
+        scores = self.head.norm_linear(hidden, self.final_norm, self.config.rms_norm_eps)
+        if self.group is None:
+            return scores
+        return self.group.all_gather(scores)[:, : self.config.vocab_size].contiguous()

@@ -8,9 +8,11 @@ import torch
 
 from lmtool.checkpoint.formats import Checkpoint
 from lmtool.checkpoint.staging import Stager
+from lmtool.layers.group import Group
 from lmtool.models.config import ModelConfig, Reader
 from lmtool.models.decoder import Decoder
 from lmtool.models.registry import family
+from lmtool.models.shard import Shard, ShardView
 from lmtool.models.source import Progress, Source, names_of
 
 
@@ -35,16 +37,24 @@ def load_decoder(
     num_positions: int,
     keep_int4: bool = False,
     progress: Progress | None = None,
+    group: Group | None = None,
 ) -> Decoder:
-    """Build the decoder on ``device``. keep_int4: 4-bit matrices stay 4-bit; on a GPU AWQ's and GPTQ's alone.
+    """Build the decoder on ``device``; with a group this rank's part of it.
 
-    On a GPU files are read ahead of the copies, in the background, until all is there.
+    keep_int4: 4-bit matrices stay 4-bit; on a GPU AWQ's and GPTQ's alone. On a GPU files are read ahead of the copies,
+    in the background, until all is there.
     """
+    names, local = names_of(checkpoint), config
+    if group is not None:
+        shard = Shard(group.rank, group.size)
+        checkpoint, local = ShardView(checkpoint, shard, config, names), shard.local(config)
     with Stager(device) if device.type == "cuda" else nullcontext() as stager:
-        source = Source(checkpoint, config, names_of(checkpoint), dtype, device, keep_int4, stager)
+        source = Source(checkpoint, local, names, dtype, device, keep_int4, stager)
         source.check_names()
         decoder = source.decoder(num_positions, progress)
         source.finish()
+    decoder.group = group
+    decoder.config = replace(local, vocab_size=config.vocab_size)
     if progress:
         progress(config.num_layers, config.num_layers)
     return decoder
