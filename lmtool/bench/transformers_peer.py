@@ -13,6 +13,8 @@ import transformers
 
 from lmtool.bench.workloads import Prompt
 from lmtool.checkpoint.formats import open_checkpoint
+from lmtool.checkpoint.llava_config import architecture_of
+from lmtool.checkpoint.reader import read_json
 from lmtool.errors import ConfigError
 from lmtool.models.config import ModelConfig
 
@@ -59,8 +61,9 @@ class TransformersPeer:
 
 
 def _stored(path: Path, dtype: torch.dtype) -> Any:
-    """From a folder as transformers loads it; from a GGUF with the tensors that our own reader dequantizes."""
-    if path.is_dir():
+    """From a folder as transformers loads it; from a GGUF, and of a LLaVA the language model, with the tensors that our
+    own reader dequantizes."""
+    if path.is_dir() and not _takes_pictures(path):
         try:
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, local_files_only=True, trust_remote_code=False
@@ -84,6 +87,11 @@ def _stored(path: Path, dtype: torch.dtype) -> Any:
     return model
 
 
+def _takes_pictures(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.exists() and architecture_of(read_json(config)) is not None
+
+
 def _random(shape: ModelConfig, dtype: torch.dtype, device: torch.device) -> Any:
     with device:  # billions of random numbers take a CPU minutes
         model = _empty(hf_config(shape), dtype)
@@ -94,7 +102,7 @@ def _random(shape: ModelConfig, dtype: torch.dtype, device: torch.device) -> Any
 
 
 def _empty(config: dict[str, Any], dtype: torch.dtype) -> Any:
-    values = {name: value for name, value in config.items() if name != "model_type"}
+    values = {name: value for name, value in config.items() if name not in ("model_type", "quantization_config")}
     settings = transformers.AutoConfig.for_model(config["model_type"], **values)
     return _without_defaults(transformers.AutoModelForCausalLM.from_config(settings, dtype=dtype))
 

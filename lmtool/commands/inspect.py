@@ -53,7 +53,7 @@ def _sight(found: "Inspection") -> list[tuple[str, str]]:
     parts = f"{vision.num_parameters / 1e9:.2f} B parameters, {vision.num_bytes / 1e9:.2f} GB"
     tiles = "1 tile" if vision.most_tiles == 1 else f"up to {vision.most_tiles} tiles"
     return [
-        ("pictures", f"{vision.tower}; with its projector {parts}{where}"),
+        ("pictures", f"{vision.architecture}: {vision.tower}; with its projector {parts}{where}"),
         (
             "a picture",
             f"{tiles}, {'up to ' if vision.most_tiles > 1 else ''}{vision.most_rows:,} tokens of the context",

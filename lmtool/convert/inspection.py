@@ -38,9 +38,10 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Sight:
-    """What a LLaVA sees with. tower: its shape in words; tower_path: its folder, where it is not the model's; the
-    largest picture is most_tiles through the tower, and most_rows of the context, as a token is one."""
+    """What a LLaVA sees with. architecture: of the whole model; tower: its shape in words; tower_path: its folder,
+    where it is not the model's; the largest picture is most_tiles through the tower and most_rows of the context."""
 
+    architecture: str
     tower: str
     tower_path: str | None
     num_parameters: int
@@ -119,6 +120,7 @@ def _sight(vision: VisionPart, path: Path) -> Sight:
     # of pictures that fill a grid: any other has less, for its padding is left out
     grids = form.pinpoints or ((form.tile_size, form.tile_size),)
     return Sight(
+        architecture=vision.config["architectures"][0],
         tower=(
             f"CLIP, {tower['num_hidden_layers']} layers, hidden {tower['hidden_size']}, tiles of {tower['image_size']} "
             f"pixels in patches of {tower['patch_size']}"

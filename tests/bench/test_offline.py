@@ -14,6 +14,7 @@ from lmtool.config import EngineConfig
 from lmtool.engine.setup import LoadedEngine
 from lmtool.errors import ConfigError, EngineError, MemoryShortError
 from tests.support import TINY, request, run_all, tiny_core
+from tests.tiny_llava import tiny_llava
 
 CPU = torch.device("cpu")
 CONFIG = EngineConfig(device="cpu", dtype="float32", max_batch_size=8, max_batched_tokens=64, cache_gb=0.05)
@@ -204,3 +205,12 @@ def test_the_gguf_that_ships_with_lmtool_is_the_same_model() -> None:
     with torch.inference_mode():
         answer = peer._model.generate(torch.tensor([ids]), max_new_tokens=7, do_sample=False)
     assert tokenizer.decode(answer[0, len(ids) :].tolist()) == "The capital of France is Paris."
+
+
+@pytest.mark.parametrize("original", [False, True])
+def test_of_a_llava_its_language_model_is_compared(original: bool, tmp_path: Path) -> None:
+    model = tiny_llava(tmp_path, original=original)
+    peer = TransformersPeer(tmp_path, torch.float32, CPU)
+    ids = torch.tensor([[5, 9, 200, 31, 7]])
+    with torch.inference_mode():
+        torch.testing.assert_close(peer._model(ids).logits, model(input_ids=ids).logits)
