@@ -250,6 +250,7 @@ def test_every_field_is_documented():
             assert re.search(rf"`[^`]*\b{name}\b[^`]*`", page), name
     bounds = ServerConfig()
     assert f"at most {bounds.max_n} choices and {bounds.max_stop} stop texts of {bounds.max_stop_chars}" in page
+    assert f"{bounds.max_images} pictures (`--max-images`)" in page
     assert f"{bounds.max_prompts} prompts times choices, and {MAX_MEMBERS:,} fields" in page
     assert f"{MAX_LISTS:,} lists and objects" in page
     assert f"nested {MAX_DEPTH} deep" in page
