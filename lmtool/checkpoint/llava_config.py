@@ -7,15 +7,16 @@ server's HTTP process reads it, too.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from lmtool.errors import CheckpointError
+from lmtool.images.llava_config import OF_TRANSFORMERS, ORIGINALS
 
 T = TypeVar("T")
 
-HUB_ARCHITECTURES = ("LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration")
+HUB_ARCHITECTURES = OF_TRANSFORMERS
 # of the original form → what transformers calls the language model
-ORIGINAL_ARCHITECTURES = {"LlavaLlamaForCausalLM": "llama", "LlavaMistralForCausalLM": "mistral"}
+ORIGINAL_ARCHITECTURES = dict(zip(ORIGINALS, ("llama", "mistral"), strict=True))
 ARCHITECTURES = (*HUB_ARCHITECTURES, *ORIGINAL_ARCHITECTURES)
 
 LANGUAGE_ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
@@ -84,26 +85,21 @@ KNOWN_TOWERS = {
     "clip-vit-large-patch14-336": TOWER_DEFAULTS | _LARGE | {"image_size": 336},
     "clip-vit-large-patch14": TOWER_DEFAULTS | _LARGE | {"image_size": 224},
 }
-_NEXT_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 _ANOTHER = "lmtool runs LLaVA 1.5 and 1.6: give another model"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VisionSettings:
-    """What lies between the tower and the language model.
+    """What lies between the tower and the language model. (How a picture becomes tiles and rows: `lmtool.images`.)
 
     tower_name     mm_vision_tower of the original form, a hub id or a folder; None: the tower is in the checkpoint
     feature_layer  of the tower's hidden states; -2: what the last layer but one gives
-    select         'default': the rows of patches; 'full': the class's row before them, too
-    pinpoints      (height, width) in pixels of the grids of tiles to choose from; None: a picture is one tile
-    merge          'flat': a tile after the other; 'spatial_unpad': row by row, each with a newline behind it
+    has_newline    a learned row stands behind each row of patches
     """
 
     tower_name: str | None
     feature_layer: int
-    select: Literal["default", "full"]
-    pinpoints: list[tuple[int, int]] | None
-    merge: Literal["flat", "spatial_unpad"]
+    has_newline: bool
     projector_bias: bool = True
 
 
@@ -170,40 +166,19 @@ def tower_settings(stated: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def vision_settings(config: Mapping[str, Any]) -> VisionSettings:
     """Raises CheckpointError for what no LLaVA 1.5 or 1.6 has, by name."""
-    return _hub_settings(config) if architecture_of(config) in HUB_ARCHITECTURES else _original_settings(config)
-
-
-def _hub_settings(config: Mapping[str, Any]) -> VisionSettings:
-    _one_of(config, "projector_hidden_act", {"gelu": None}, "gelu")
-    is_next = architecture_of(config) == "LlavaNextForConditionalGeneration"
-    return VisionSettings(
-        tower_name=None,
-        feature_layer=_layer(config, "vision_feature_layer"),
-        select=_one_of(config, "vision_feature_select_strategy", {"default": "default", "full": "full"}, "default"),
-        pinpoints=_pinpoints(config, default=_NEXT_PINPOINTS) if is_next else None,
-        merge="spatial_unpad" if is_next else "flat",
-        projector_bias=_one_of(config, "multimodal_projector_bias", {True: True, False: False}, True),
-    )
-
-
-def _original_settings(config: Mapping[str, Any]) -> VisionSettings:
-    _one_of(config, "mm_projector_type", {"mlp2x_gelu": None}, "linear")
-    _one_of(config, "mm_use_im_start_end", {False: None}, False)
-    merge: Literal["flat", "spatial_unpad"]
-    merge = _one_of(config, "mm_patch_merge_type", {"flat": "flat", "spatial_unpad": "spatial_unpad"}, "flat")
-    aspects = {"square": False, "pad": False, None: False, "anyres": True}
-    has_tiles = _one_of(config, "image_aspect_ratio", aspects, "square")
-    if has_tiles != (merge == "spatial_unpad"):
-        raise CheckpointError(
-            f"config.json: image_aspect_ratio {config.get('image_aspect_ratio')!r} with mm_patch_merge_type {merge!r}",
-            _ANOTHER,
+    if architecture_of(config) in HUB_ARCHITECTURES:
+        _one_of(config, "projector_hidden_act", {"gelu": None}, "gelu")
+        return VisionSettings(
+            tower_name=None,
+            feature_layer=_layer(config, "vision_feature_layer"),
+            has_newline=architecture_of(config) == "LlavaNextForConditionalGeneration",
+            projector_bias=_one_of(config, "multimodal_projector_bias", {True: True, False: False}, True),
         )
+    _one_of(config, "mm_projector_type", {"mlp2x_gelu": None}, "linear")
     return VisionSettings(
         tower_name=_text(config, "mm_vision_tower"),
         feature_layer=_layer(config, "mm_vision_select_layer"),
-        select=_one_of(config, "mm_vision_select_feature", {"patch": "default", "cls_patch": "full"}, "patch"),
-        pinpoints=_pinpoints(config, default=None) if has_tiles else None,
-        merge=merge,
+        has_newline=_one_of(config, "mm_patch_merge_type", {"flat": False, "spatial_unpad": True}, "flat"),
     )
 
 
@@ -220,20 +195,6 @@ def _layer(config: Mapping[str, Any], key: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise CheckpointError(f"config.json: {key} is {value!r}", "lmtool takes the features of one layer: " + _ANOTHER)
     return value
-
-
-def _pinpoints(config: Mapping[str, Any], default: list[list[int]] | None) -> list[tuple[int, int]]:
-    """(height, width): transformers reads the original's lists so, too, whose pairs are the same both ways round."""
-    value = config.get("image_grid_pinpoints")
-    value = default if value is None else value
-    pairs = value if isinstance(value, list) else []
-    sizes = [tuple(pair) for pair in pairs if isinstance(pair, list | tuple)]
-    good = [pair for pair in sizes if len(pair) == 2 and all(type(size) is int and size > 0 for size in pair)]
-    if not good or len(good) < len(pairs):
-        raise CheckpointError(
-            f"config.json: image_grid_pinpoints is {value!r}", "a list of [height, width] is expected"
-        )
-    return [(height, width) for height, width in good]
 
 
 def _text(config: Mapping[str, Any], key: str) -> str:

@@ -101,7 +101,7 @@ def wanted_shapes(tower: Mapping[str, Any], settings: VisionSettings, hidden_siz
     for name, num_in in (("projector.linear_1", width), ("projector.linear_2", hidden_size)):
         projector = _affine(name, (hidden_size, num_in))
         shapes |= projector if settings.projector_bias else {f"{name}.weight": projector[f"{name}.weight"]}
-    if settings.merge == "spatial_unpad":
+    if settings.has_newline:
         shapes["newline"] = (hidden_size,)
     return shapes
 

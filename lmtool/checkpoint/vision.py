@@ -30,9 +30,10 @@ class VisionPart:
 
     config         the model's whole config.json
     tower_config   the tower's settings as transformers' CLIPVisionConfig takes them, none left out
-    feature_layer, select, pinpoints, merge   as `llava_config.VisionSettings` has them
+    feature_layer  of the tower's hidden states, of which features are taken
     form           what the checkpoint calls the tensors of both parts: for whoever writes such a checkpoint
     tower_path     the folder of a tower that is not in the checkpoint; None: it is
+    where          the checkpoint, for messages
     """
 
     def __init__(
@@ -51,9 +52,6 @@ class VisionPart:
         self.tower_config = tower_config
         self.settings = settings
         self.feature_layer = settings.feature_layer
-        self.select = settings.select
-        self.pinpoints = settings.pinpoints
-        self.merge = settings.merge
         self.form = form
         self.tower_path = tower_path
         self.where = where

@@ -38,6 +38,7 @@ from lmtool.convert.unpickle import as_safetensors, pickle_files
 from lmtool.convert.vision import check_vision, vision_forms
 from lmtool.convert.whole import check_weights
 from lmtool.errors import ConfigError
+from lmtool.images.form import read_image_form
 from lmtool.models.config import ModelConfig
 from lmtool.models.loader import read_model_config
 from lmtool.models.source import Source, names_of
@@ -76,6 +77,7 @@ def convert(job: Job, progress: Progress | None = None) -> Converted:
         if folder.is_dir() and (name := missing_tower(folder)) is not None:
             tower = find_tower(job.source, name)
             if pickled := pickle_files(tower):
+                refuse_links_out(tower)
                 unpickled = as_safetensors(tower, pickled, job.destination, progress, "unpickled-tower")
                 tower, files = opened.enter_context(unpickled), pickled
         if not files:
@@ -93,19 +95,27 @@ def _convert(job: Job, path: Path, progress: Progress, tower: Path | None = None
         check_weights(checkpoint, model)
         source = Source(checkpoint, model, names_of(checkpoint), torch.float32, _CPU)
         tokenizer = load_tokenizer(job.tokenizer_path or path, chat_template=job.chat_template)
+        pictures = None if checkpoint.vision is None else _picture_folder(job)
         with new_folder(job.destination, overwrite=job.overwrite) as folder:
             weights, exact = _write_weights(source, folder, _dtype(job), progress)
             save_tokenizer(tokenizer, job.tokenizer_path or path, folder)
-            if checkpoint.vision is not None:
-                for source_of_files in (job.tokenizer_path, path):
-                    if source_of_files is not None:
-                        copy_picture_files(source_of_files, folder)
+            if pictures is not None:
+                copy_picture_files(pictures, folder)
             write_text(folder / ENGINE_FILE, engine_file_text(model.max_positions))
             manifest = _manifest(job, source, weights, tokenizer, progress)
             write_text(folder / MANIFEST, _as_json(manifest))
             difference = _check(folder, source, exact=exact, progress=progress) if job.check else None
     num_bytes = sum(file.stat().st_size for file in job.destination.iterdir())
     return Converted(manifest, num_bytes, exact, difference)
+
+
+def _picture_folder(job: Job) -> Path:
+    """Where it is said how pictures are cut. Raises CheckpointError where it is not, or what cannot be done."""
+    beside = job.tokenizer_path
+    if beside is not None and read_image_form(beside) is not None:
+        return beside
+    read_image_form(job.source)
+    return job.source
 
 
 def _dtype(job: Job) -> torch.dtype | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lmtool import __version__
 from lmtool.errors import ConfigError, MemoryShortError
+from lmtool.images.form import read_image_form
 from lmtool.quant.groups import GROUPS
 from lmtool.quant.layers import Blocks, skipped_groups
 from lmtool.quant.model_digest import model_digest
@@ -36,6 +37,8 @@ class Job:
 
 def check(blocks: Blocks, job: Job) -> list[str]:
     """Refuse what cannot end well; names of the linears that --skip leaves."""
+    if blocks.checkpoint.vision is not None:
+        read_image_form(blocks.checkpoint.path)  # what its pictures need and there is not would be missed at the end
     in_features, out_features, skipped = {}, {}, []
     for i in range(len(blocks)):
         left = skipped_groups(blocks, i, job.options.skip)

@@ -18,7 +18,7 @@ from lmtool.models.loader import load_decoder, read_model_config
 from lmtool.models.registry import family
 from tests.checkpoint.llava_forms import FORMS, llava_in_form, move_tower_out
 from tests.support import all_logits
-from tests.tiny_llava import PINPOINTS, tiny_llava
+from tests.tiny_llava import tiny_llava
 
 
 def vision_of(folder: Path) -> VisionPart:
@@ -76,11 +76,10 @@ def test_what_lies_between_tower_and_language_model(tmp_path: Path) -> None:
         tiny_llava(tmp_path / f"next{original}", original=original)
         tiny_llava(tmp_path / f"plain{original}", original=original, anyres=False)
         found = vision_of(tmp_path / f"next{original}")
-        assert found.pinpoints == [tuple(pair) for pair in PINPOINTS]
-        assert (found.merge, found.feature_layer, found.select) == ("spatial_unpad", -2, "default")
+        assert (found.settings.has_newline, found.feature_layer) == (True, -2)
         assert (found.tower_config["image_size"], found.tower_config["patch_size"]) == (28, 7)
         plain = vision_of(tmp_path / f"plain{original}")
-        assert (plain.pinpoints, plain.merge) == (None, "flat")
+        assert not plain.settings.has_newline
         assert plain.config == json.loads((tmp_path / f"plain{original}" / "config.json").read_text())
         assert plain.num_parameters == sum(plain.tensor(name).numel() for name in plain.names())
 
@@ -223,10 +222,7 @@ def refused(folder: Path) -> str:
     [
         ("vision_feature_layer", [-2, -5], None, "vision_feature_layer is [-2, -5]; lmtool takes the features of one"),
         ("vision_feature_layer", -9, None, "features of layer -9, the vision tower has 3"),
-        ("vision_feature_select_strategy", "cls", None, "vision_feature_select_strategy is 'cls'"),
         ("projector_hidden_act", "relu", None, "projector_hidden_act is 'relu'"),
-        ("image_grid_pinpoints", [[28, 56], [28]], None, "image_grid_pinpoints is [[28, 56], [28]]"),
-        ("image_grid_pinpoints", "(1x1)", None, "image_grid_pinpoints is '(1x1)'"),
         (
             "model_type",
             "siglip_vision_model",
@@ -253,10 +249,7 @@ def test_settings_that_cannot_run_are_named(
     [
         ("mm_projector_type", "linear", "mm_projector_type is 'linear'; lmtool runs LLaVA 1.5 and 1.6"),
         ("mm_patch_merge_type", "spatial", "mm_patch_merge_type is 'spatial'"),
-        ("mm_patch_merge_type", "flat", "image_aspect_ratio 'anyres' with mm_patch_merge_type 'flat'"),
-        ("image_aspect_ratio", "anyres_max_9", "image_aspect_ratio is 'anyres_max_9'"),
-        ("mm_vision_select_feature", "all", "mm_vision_select_feature is 'all'"),
-        ("mm_use_im_start_end", True, "mm_use_im_start_end is True"),
+        ("mm_patch_merge_type", "flat", "1 are unexpected (model.image_newline)"),
         ("mm_vision_tower", None, "mm_vision_tower is None"),
         ("vision_config", None, "are missing (model.vision_tower.vision_tower.vision_model.encoder.layers.10."),
     ],

@@ -248,6 +248,27 @@ def test_inspect_says_what_it_sees_with(
     assert whole.memory.weights == 2 * (whole.num_parameters + expected.num_parameters)
 
 
+def test_what_pictures_need_is_missed_before_anything_is_written(tmp_path: Path) -> None:
+    tiny_llava(tmp_path / "model")
+    (tmp_path / "model/preprocessor_config.json").rename(tmp_path / "kept.json")
+    with pytest.raises(CheckpointError, match=r"has no preprocessor_config\.json; download it"):
+        to_workspace(tmp_path / "model")
+    with pytest.raises(CheckpointError, match=r"has no preprocessor_config\.json; download it"):
+        quantize(tmp_path / "model", tmp_path / "out", None, method="rtn")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "kept.json"}
+
+
+def test_the_weights_alone_with_the_files_of_another_folder(tmp_path: Path) -> None:
+    """--quant-path: its tokenizer and what it says of pictures are the model's own."""
+    model, weights = tmp_path / "model", tmp_path / "weights"
+    tiny_llava(model)
+    weights.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (weights / name).write_bytes((model / name).read_bytes())
+    convert(Job(source=weights, name="weights", destination=tmp_path / "w", tokenizer_path=model))
+    check_same_sight(tmp_path / "w", model)
+
+
 def test_gguf_is_refused(tmp_path: Path) -> None:
     tiny_llava(tmp_path / "model")
     workspace, _ = to_workspace(tmp_path / "model")
