@@ -35,6 +35,7 @@ class HttpBackend:
         self.root = root_of(url)
         self._client = make_client(self.root, api_key)
         self._tells_tokens = True
+        self._last: tuple[list[Message], dict[str, Any]] | None = None  # asked about, and what was told
         try:
             about = self._about(model)
         except BaseException:
@@ -106,10 +107,16 @@ class HttpBackend:
         raise InputError(f"{self.root} has no model {model!r}", "there is " + ", ".join(names))
 
     def _tokenized(self, messages: Sequence[Message]) -> dict[str, Any] | None:
+        """Asked once for the same messages: with pictures they are megabytes."""
         if not self._tells_tokens:
             return None
+        last = self._last
+        if last is not None and last[0] == list(messages):
+            return last[1]
         try:
-            return self._post("/tokenize", {"model": self.model, "messages": list(messages)})
+            found = self._post("/tokenize", {"model": self.model, "messages": list(messages)})
+            self._last = list(messages), found
+            return found
         except _NotThere:
             self._tells_tokens = False
             return None

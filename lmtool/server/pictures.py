@@ -15,6 +15,7 @@ from lmtool.images.prepared import PreparedImage
 from lmtool.server.config import ServerConfig
 from lmtool.server.errors import Refusal
 from lmtool.server.metrics import Metrics
+from lmtool.server.picture_cache import PictureCache
 from lmtool.server.protocol_chat import ImagePart, Message
 
 _NUM_READERS = 4  # at once: a picture of 50 megapixels is 150 MB until it is cut
@@ -33,7 +34,8 @@ class Pictures:
     """Of one HTTP process. form: None where the model takes no pictures."""
 
     def __init__(self, form: ImageForm | None, config: ServerConfig, metrics: Metrics) -> None:
-        self._form = form
+        self._form = form if config.max_images else None
+        self._cache = PictureCache()
         self._config = config
         self._metrics = metrics
         self._readers = ThreadPoolExecutor(_NUM_READERS, "lmtool-pictures")
@@ -56,7 +58,8 @@ class Pictures:
             raise Refusal(400, cause, "leave it out, or ask a model that sees", param=sources[0].param)
         most = self._config.max_images
         if len(sources) > most:
-            raise Refusal(400, f"there are {len(sources)} pictures", f"give at most {most}", param=sources[most].param)
+            cause = f"there are {len(sources)} pictures"
+            raise Refusal(400, cause, f"give at most {most}", param=sources[most].param)
         seconds = self._config.request_timeout_s
         try:
             async with asyncio.timeout(seconds or None):
@@ -83,7 +86,7 @@ class Pictures:
             if source.url[:5].lower() != "data:":
                 self._check_url(source)
                 data = await loop.run_in_executor(self._fetchers, partial(_fetched, source.url, self._config))
-            image = await loop.run_in_executor(self._readers, _prepared, form, source.url, data)
+            image = await loop.run_in_executor(self._readers, _prepared, form, self._cache, source.url, data)
         except InputError as error:
             if isinstance(error, Refusal):
                 raise
@@ -106,10 +109,10 @@ def _fetched(url: str, config: ServerConfig) -> bytes:
     return fetch_image(url, allowed_hosts=config.allowed_image_hosts)
 
 
-def _prepared(form: ImageForm, url: str, data: bytes | None) -> PreparedImage:
+def _prepared(form: ImageForm, cache: PictureCache, url: str, data: bytes | None) -> PreparedImage:
     from lmtool.images.load import data_url_bytes, decode_image
 
-    return form.prepare(decode_image(data_url_bytes(url) if data is None else data))
+    return cache.get(data_url_bytes(url) if data is None else data, lambda found: form.prepare(decode_image(found)))
 
 
 def sources(messages: Sequence[Message], param: str) -> Iterator[Source]:

@@ -18,6 +18,11 @@ from lmtool.config import EngineConfig
 from lmtool.engine.pipeline import Pipeline
 from lmtool.images.form import read_image_form
 from lmtool.images.load import decode_image
+from lmtool.images.prepared import PreparedImage
+from lmtool.server.chat_prompt import plain_messages
+from lmtool.server.picture_cache import PictureCache
+from lmtool.server.protocol_chat import Message
+from lmtool.server.tools_messages import conversation
 from tests.server.pictures import data_url, part, picture, says
 from tests.server.serving import Serving
 from tests.server.support import llava_engine
@@ -211,6 +216,49 @@ def test_a_large_picture_comes_through_and_holds_up_nobody(seeing):
 
     assert asyncio.run(main()) == 200
     assert num_others > 2
+
+
+def test_pictures_that_come_again_are_not_decoded_again():
+    cache, decoded = PictureCache(max_bytes=3 * 12), []
+
+    def prepare(data: bytes) -> PreparedImage:
+        decoded.append(data)
+        return PreparedImage(pixels=data * 12, num_tiles=1, tile_size=2, size=(2, 2), num_tokens=1, digest=data)
+
+    for data in (b"a", b"b", b"a", b"c", b"a", b"d", b"a", b"b"):  # there is room for three
+        assert cache.get(data, prepare).digest == data
+    assert decoded == [b"a", b"b", b"c", b"d", b"b"]
+
+
+def test_a_checkpoint_as_liuhaotian_has_them(tmp_path):
+    """Its tokenizer has no token for pictures, and its folder no template."""
+    tiny_llava(tmp_path, anyres=False, original=True)
+    engine = llava_engine(tmp_path)
+    config = EngineConfig(device="cpu", dtype="float32", session_len=1024, cache_gb=0.05)
+    with Serving(engine) as server, pipeline(str(tmp_path), config) as pipe:
+        question = says("What are these, <image>?", RED, WIDE)
+        assert text_of(ask(server, question)) == same(pipe, question)
+        with server.http() as http:
+            tokens = http.post("/tokenize", json={"messages": [question]}).json()["tokens"]
+        assert tokens.count(-1) == 2 * rows(tmp_path, RED) == 32
+    engine.close()
+
+
+def test_a_result_of_a_tool_and_pictures_after_it(seeing):
+    """The template knows no tools: the result becomes text before the pictures of the next message."""
+    call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    messages = [
+        says("Look."),
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "done"},
+        says("And this?", RED),
+    ]
+    plain = conversation(
+        plain_messages(list(map(Message.model_validate, messages)), seeing.context.tokenizer), seeing.context.tokenizer
+    )
+    assert plain[-1]["content"][0]["text"].startswith("<tool_response>\ndone")
+    assert plain[-1]["content"][1:] == [{"type": "image"}, {"type": "text", "text": "And this?"}]
+    assert ask(seeing, *messages).usage.prompt_tokens > ask(seeing, *messages[:-1]).usage.prompt_tokens
 
 
 # ---------------------------------------------------------------------- refusals
