@@ -26,7 +26,7 @@ from lmtool.server.translate import check_model, check_stream, generation, reque
 
 
 def chat_router(context: ServerContext) -> APIRouter:
-    router = APIRouter(route_class=json_route(context.max_body_bytes), tags=["OpenAI"])
+    router = APIRouter(route_class=json_route(context.bodies), tags=["OpenAI"])
 
     @router.post("/v1/chat/completions", responses=answers_documented(ChatCompletion, streams=True))
     async def create_chat_completion(body: ChatRequest, http: Request) -> Response:

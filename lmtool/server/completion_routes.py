@@ -22,7 +22,7 @@ from lmtool.tokenizer import Tokenizer
 
 
 def completion_router(context: ServerContext) -> APIRouter:
-    router = APIRouter(route_class=json_route(context.max_body_bytes), tags=["OpenAI"])
+    router = APIRouter(route_class=json_route(context.bodies), tags=["OpenAI"])
 
     @router.post("/v1/completions", responses=answers_documented(Completion, streams=True))
     async def create_completion(body: CompletionRequest, http: Request) -> Response:

@@ -9,6 +9,7 @@ from lmtool.images.form import ImageForm
 from lmtool.server.config import ServerConfig
 from lmtool.server.engine_client import EngineClient
 from lmtool.server.errors import Refusal
+from lmtool.server.json_body import Bodies
 from lmtool.server.metrics import Metrics
 from lmtool.server.pictures import Pictures
 from lmtool.server.sessions import SessionStore
@@ -36,22 +37,19 @@ class ServerContext:
     sessions: SessionStore = field(init=False)
     metrics: Metrics = field(init=False)
     pictures: Pictures = field(init=False)
+    bodies: Bodies = field(init=False)
     _maker: RequestMaker | None = None
 
     def __post_init__(self) -> None:
         self.sessions = SessionStore(self.sessions_path, max_sessions=self.config.max_sessions)
         self.metrics = Metrics(self.config.model_names[0], self._figures)
         self.pictures = Pictures(self.image_form, self.config, self.metrics)
+        usual = _BODY_WITH_PICTURES_BYTES if self.pictures.are_taken else _BODY_BYTES
+        self.bodies = Bodies(self.config.max_body_bytes or usual)
 
     def _figures(self) -> tuple[EngineInfo, Stats] | None:
         info, stats = self.engine.info, self.engine.stats
         return None if info is None or stats is None else (info, stats)
-
-    @property
-    def max_body_bytes(self) -> int:
-        if self.config.max_body_bytes is not None:
-            return self.config.max_body_bytes
-        return _BODY_WITH_PICTURES_BYTES if self.pictures.are_taken else _BODY_BYTES
 
     @property
     def info(self) -> EngineInfo:

@@ -51,7 +51,7 @@ class InteractiveAnswer(TypedDict):
 
 
 def interactive_router(context: ServerContext) -> APIRouter:
-    router = APIRouter(route_class=json_route(context.max_body_bytes), tags=["LMDeploy"])
+    router = APIRouter(route_class=json_route(context.bodies), tags=["LMDeploy"])
 
     @router.post("/v1/chat/interactive", responses=answers_documented(InteractiveAnswer, streams=True))
     async def chat_interactive(body: InteractiveRequest, http: Request) -> Response:

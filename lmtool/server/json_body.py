@@ -3,6 +3,7 @@
 import asyncio
 import math
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -47,43 +48,65 @@ class _JsonRequest(Request):
         return self._content
 
 
-def json_route(max_bytes: int) -> type[APIRoute]:
-    """The kind of route whose requests with a body have at most this much."""
+@dataclass(slots=True)
+class Bodies:
+    """Those that one HTTP process holds at once, from their first byte until their request is over, or streams.
+    max_bytes: of one; most_bytes: of all."""
+
+    max_bytes: int
+    most_bytes: int = 1 << 30
+    num_bytes: int = 0
+
+    def add(self, num_bytes: int) -> None:
+        """Raises Refusal 429 where they have no room."""
+        if self.num_bytes + num_bytes > self.most_bytes:
+            raise Refusal(429, "large requests are being read already", "ask again in a moment", retry_after_s=1)
+        self.num_bytes += num_bytes
+
+
+def json_route(bodies: Bodies) -> type[APIRoute]:
+    """The kind of route whose requests may have a body."""
 
     class JsonRoute(APIRoute):
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
             handle = super().get_route_handler()
 
             async def read_and_handle(request: Request) -> Response:
-                if request.method == "POST":
-                    data = await _read(request, max_bytes)
+                if request.method != "POST":
+                    return await handle(request)
+                pieces: list[bytes] = []
+                try:
+                    await _read(request, bodies, pieces)
+                    data = b"".join(pieces)
                     small = len(data) < _THREAD_BYTES
                     content = parse(data) if small else await asyncio.to_thread(parse, data)
-                    request = _JsonRequest(request, data, content)
-                return await handle(request)
+                    return await handle(_JsonRequest(request, data, content))
+                finally:
+                    bodies.num_bytes -= sum(map(len, pieces))
 
             return read_and_handle
 
     return JsonRoute
 
 
-async def _read(request: Request, max_bytes: int) -> bytes:
+async def _read(request: Request, bodies: Bodies, pieces: list[bytes]) -> None:
+    """Into ``pieces``, as far as it came; so many bytes are then counted among the bodies'."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if not (kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))):
         raise Refusal(400, f"the body's Content-Type is {kind[:100]!r}", "give application/json")
     length = request.headers.get("content-length", "0")
-    if length.isdecimal() and int(length[:20]) > max_bytes:
-        raise _too_large(max_bytes)
-    pieces, num_bytes = [], 0
+    if length.isdecimal() and int(length[:20]) > bodies.max_bytes:
+        raise _too_large(bodies.max_bytes)
+    num_bytes = 0
     try:
         async for piece in request.stream():
             num_bytes += len(piece)
-            if num_bytes > max_bytes:
-                raise _too_large(max_bytes)
+            if num_bytes > bodies.max_bytes:
+                raise _too_large(bodies.max_bytes)
+            bodies.add(len(piece))
             pieces.append(piece)
     except ClientDisconnect:
         raise ClientGone from None
-    return b"".join(pieces)
 
 
 def _too_large(max_bytes: int) -> Refusal:

@@ -45,7 +45,7 @@ class Remembered(msgspec.Struct, frozen=True, array_like=True):
 
 
 def responses_router(context: ServerContext) -> APIRouter:
-    router = APIRouter(route_class=json_route(context.max_body_bytes), tags=["OpenAI"])
+    router = APIRouter(route_class=json_route(context.bodies), tags=["OpenAI"])
     has_keys = bool(context.config.api_keys)
 
     @router.post("/v1/responses", responses=answers_documented(ResponseObject, streams=True))

@@ -17,7 +17,7 @@ from lmtool.tokenizer import Tokenizer
 
 
 def token_router(context: ServerContext) -> APIRouter:
-    router = APIRouter(route_class=json_route(context.max_body_bytes), tags=["tokens"])
+    router = APIRouter(route_class=json_route(context.bodies), tags=["tokens"])
     tokenizer = context.tokenizer
 
     @router.post("/tokenize", responses=answers_documented(Tokenized))

@@ -24,7 +24,7 @@ from lmtool.server.picture_cache import PictureCache
 from lmtool.server.protocol_chat import Message
 from lmtool.server.tools_messages import conversation
 from tests.server.pictures import data_url, part, picture, says
-from tests.server.serving import Serving
+from tests.server.serving import Serving, wait_until
 from tests.server.support import llava_engine
 from tests.tiny_llava import tiny_llava
 
@@ -335,6 +335,21 @@ def test_a_server_that_takes_fewer(seeing):
         assert text_of(ask(server, says("x", RED))) == text_of(ask(seeing, says("x", RED)))
         assert "at most 1" in refused(server, [part(RED), part(BLUE)])
         assert refused(server, [part(data_url(b"0" * 100_000))]).startswith("413 ")
+
+
+def test_large_bodies_are_held_up_to_a_bound(seeing):
+    bodies = seeing.context.bodies
+    assert bodies.max_bytes == 64 << 20
+    large = data_url(picture(20, 20) + b"\0" * 3_000_000)
+    bodies.most_bytes, before = 3_000_000, bodies.most_bytes
+    try:
+        assert refused(seeing, [part(large)]).startswith("429 large requests are being read already")
+        assert text_of(ask(seeing, says("x", RED)))
+    finally:
+        bodies.most_bytes = before
+    assert text_of(ask(seeing, says("x", large)))
+    assert refused(seeing, [part(data_url(b"broken"))])
+    wait_until(lambda: bodies.num_bytes == 0)
 
 
 def test_a_model_that_sees_nothing_says_so(serving):
