@@ -20,7 +20,7 @@ from lmtool.bench.shapes import find_shape
 from lmtool.checkpoint.engine_file import ENGINE_FILE, engine_file_text
 from lmtool.checkpoint.manifest import MANIFEST
 from lmtool.checkpoint.tensor_file import TensorFile
-from lmtool.checkpoint.workspace import FORMAT_VERSION, Manifest, SourceEntry
+from lmtool.checkpoint.workspace_manifest import TEXT_VERSION, Manifest, SourceEntry
 from lmtool.config import EngineConfig
 from lmtool.convert.stored import StoredForm
 from lmtool.convert.to_workspace import weight_places, write_form
@@ -88,7 +88,7 @@ def write_workspace(folder: Path, model: ModelConfig, group_size: int | None) ->
             entries[name] = write_form(file, name, form)
         num_bytes = file.num_bytes
     source = SourceEntry("noise", "hf", {})
-    manifest = Manifest(FORMAT_VERSION, "0", source, config_json(model), {}, "float16", None, None, entries)
+    manifest = Manifest(TEXT_VERSION, "0", source, config_json(model), {}, "float16", None, None, entries)
     (folder / MANIFEST).write_bytes(msgspec.json.encode(manifest))
     (folder / ENGINE_FILE).write_text(engine_file_text(model.max_positions))
     return num_bytes

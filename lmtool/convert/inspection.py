@@ -10,7 +10,8 @@ import torch
 from lmtool.checkpoint.formats import Checkpoint, open_checkpoint
 from lmtool.checkpoint.manifest import workspace_of
 from lmtool.checkpoint.vision import VisionPart
-from lmtool.checkpoint.workspace import CONVERT_AGAIN, Workspace
+from lmtool.checkpoint.workspace import Workspace
+from lmtool.checkpoint.workspace_manifest import CONVERT_AGAIN
 from lmtool.convert.progress import Progress, silent
 from lmtool.convert.whole import check_weights
 from lmtool.engine.kv_cache import BLOCK_SIZE, block_bytes

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lmtool.checkpoint.formats import Checkpoint
-from lmtool.checkpoint.workspace import check_tensor_name
+from lmtool.checkpoint.workspace_manifest import check_tensor_name
 from lmtool.config import DTYPES, MODEL_FORMATS
 from lmtool.convert.place import refuse_nesting
 from lmtool.errors import CheckpointError, ConfigError

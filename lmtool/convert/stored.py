@@ -21,7 +21,7 @@ _Q4_0_ZERO = 8
 
 @dataclass(frozen=True, slots=True)
 class StoredForm:
-    """kind, shape, group_size and paired as `checkpoint.workspace.WeightEntry` has them; exact: nothing was rounded."""
+    """kind, shape, group_size and paired as `workspace_manifest.WeightEntry` has them; exact: nothing was rounded."""
 
     kind: str
     shape: tuple[int, ...]

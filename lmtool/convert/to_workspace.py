@@ -18,7 +18,8 @@ from lmtool.checkpoint.llava_tower import find_tower, missing_tower
 from lmtool.checkpoint.manifest import MANIFEST, PICKLE_SUFFIXES
 from lmtool.checkpoint.tensor_file import TensorFile
 from lmtool.checkpoint.vision import copy_picture_files
-from lmtool.checkpoint.workspace import (
+from lmtool.checkpoint.workspace import Workspace
+from lmtool.checkpoint.workspace_manifest import (
     FORMAT_VERSION,
     TEXT_VERSION,
     VISION,
@@ -26,7 +27,6 @@ from lmtool.checkpoint.workspace import (
     SourceEntry,
     TensorEntry,
     WeightEntry,
-    Workspace,
 )
 from lmtool.checkpoint.writer import write_text
 from lmtool.convert import compare

@@ -17,7 +17,7 @@ from torch import Tensor
 from lmtool.checkpoint.manifest import PICKLE_SUFFIXES
 from lmtool.checkpoint.reader import read_json
 from lmtool.checkpoint.tensor_file import TensorFile
-from lmtool.checkpoint.workspace import check_tensor_name
+from lmtool.checkpoint.workspace_manifest import check_tensor_name
 from lmtool.child import module_command, module_environment
 from lmtool.convert.place import temporary_folder
 from lmtool.convert.progress import Progress

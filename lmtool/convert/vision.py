@@ -8,7 +8,7 @@ from torch import Tensor
 from lmtool.checkpoint.formats import Checkpoint
 from lmtool.checkpoint.tensor_file import tensor_bytes
 from lmtool.checkpoint.vision import VisionPart
-from lmtool.checkpoint.workspace import VISION
+from lmtool.checkpoint.workspace_manifest import VISION
 from lmtool.convert.progress import Progress
 from lmtool.convert.stored import StoredForm, as_dtype
 from lmtool.errors import InputError

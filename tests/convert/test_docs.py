@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from lmtool import cli
-from lmtool.checkpoint import workspace
+from lmtool.checkpoint import workspace_manifest
 from lmtool.checkpoint.engine_file import SETTINGS
 from lmtool.models.own_names import NAMES
 from tests.models.test_quantized import quantize
@@ -35,12 +35,19 @@ def test_its_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_it_names_what_there_is() -> None:
-    kinds = (workspace.Manifest, workspace.WeightEntry, workspace.TensorEntry, workspace.SourceEntry)
+    kinds = (
+        workspace_manifest.Manifest,
+        workspace_manifest.WeightEntry,
+        workspace_manifest.TensorEntry,
+        workspace_manifest.SourceEntry,
+    )
     names = {field.name for kind in kinds for field in msgspec.structs.fields(kind)}
-    names |= {*workspace.PARTS, *SETTINGS} | {part for parts in workspace.PARTS.values() for part in parts}
+    names |= {*workspace_manifest.PARTS, *SETTINGS} | {
+        part for parts in workspace_manifest.PARTS.values() for part in parts
+    }
     names |= {ours.removeprefix("layers.{i}") for ours in NAMES}
     assert [name for name in sorted(names) if f"`{name}" not in DOCS and f"`layers.i{name}`" not in DOCS] == []
-    assert f"version {workspace.FORMAT_VERSION}" in DOCS
+    assert f"version {workspace_manifest.FORMAT_VERSION}" in DOCS
 
 
 @pytest.mark.parametrize("command", ["convert", "inspect"])

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from lmtool import cli
 from lmtool.checkpoint.formats import open_checkpoint
 from lmtool.checkpoint.vision import VisionPart
-from lmtool.checkpoint.workspace import VISION, Workspace
+from lmtool.checkpoint.workspace import Workspace
+from lmtool.checkpoint.workspace_manifest import VISION
 from lmtool.config import EngineConfig
 from lmtool.convert.inspection import inspect
 from lmtool.convert.job import Job
