@@ -13,13 +13,13 @@ from dataclasses import asdict
 import torch
 
 from lmtool.bench import limits, workloads
-from lmtool.bench.offline import drive, free, greedy_requests, load_random
+from lmtool.bench.offline import drive, free, greedy_requests
 from lmtool.bench.shapes import find_shape
 from lmtool.bench.workloads import Workload
 from lmtool.config import EngineConfig
 from lmtool.engine import device_runner
 from lmtool.engine.device_runner import DeviceRunner
-from lmtool.engine.setup import LoadedEngine
+from lmtool.engine.setup import LoadedEngine, load_random
 
 # (best peer, first bar, goal): tok/s, chat in requests/s, ttft in ms
 GOALS: dict[tuple[str, str], tuple[float, float, float]] = {

@@ -20,7 +20,8 @@ from lmtool.config import EngineConfig
 from lmtool.engine.core import EngineCore
 from lmtool.engine.device import choose_device, free_bytes
 from lmtool.engine.kv_cache import BLOCK_SIZE, block_bytes
-from lmtool.engine.setup import build_core, compile_steps
+from lmtool.engine.parts import compile_steps
+from lmtool.engine.setup import build_core
 from lmtool.models.random import random_decoder
 
 _GIB = 1 << 30

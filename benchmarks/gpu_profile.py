@@ -16,11 +16,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu_engine import SESSION_LEN
 from lmtool.bench import workloads
-from lmtool.bench.offline import free, greedy_requests, load_random
+from lmtool.bench.offline import free, greedy_requests
 from lmtool.bench.shapes import find_shape
 from lmtool.bench.workloads import Workload
 from lmtool.config import EngineConfig
 from lmtool.engine.core import EngineCore
+from lmtool.engine.setup import load_random
 
 
 @dataclass(slots=True)

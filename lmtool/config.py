@@ -98,6 +98,7 @@ class EngineConfig:
                            a session of full length would not fit otherwise
     prefix_caching         share the K/V blocks of equal prompt beginnings
     cuda_graphs            capture the decode step once for each batch size (GPU); off: a slower engine starts faster
+    tp                     ranks that share the model, each with a part of every matrix: GPUs, from ``device`` on
     given                  names of what was passed: a workspace's engine.toml sets the others
     """
 
@@ -115,6 +116,7 @@ class EngineConfig:
     kv_dtype: str | None = None
     prefix_caching: bool = True
     cuda_graphs: bool = True
+    tp: int = 1
     given: frozenset[str] = field(init=False, repr=False, compare=False)
 
     def __new__(cls, **settings: Any) -> Self:
@@ -149,6 +151,7 @@ class EngineConfig:
             self.max_batched_tokens is None or self.max_batched_tokens >= 64, "max_batched_tokens", "at least 64 tokens"
         )
         check(self.max_image_tiles is None or self.max_image_tiles >= 1, "max_image_tiles", "at least 1")
+        check(1 <= self.tp <= 64, "tp", "a number of GPUs from 1 to 64")
         check(0 < self.cache_max_entry_count < 1, "cache_max_entry_count", "a share between 0 and 1")
         check(self.cache_gb is None or 0 < self.cache_gb < math.inf, "cache_gb", "a size in GiB above 0")
         check(0 <= self.cache_host_gb < math.inf, "cache_host_gb", "a size in GiB, or 0: no host memory")

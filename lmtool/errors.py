@@ -9,6 +9,7 @@
     │   ├── DeviceError      a device that is not there or cannot run the engine
     │   └── MemoryShortError a model or a cache that does not fit (says what was needed and what is free)
     ├── EngineError          the engine failed; the requests in that step fail with it
+    │   └── RanksLost        one of its processes has ended: there is no engine any more
     └── KernelError          a kernel was called with shapes or types it does not take
 
 A message is one line: the cause, then the fix. Each face (terminal, HTTP, Python) translates it once.
@@ -55,6 +56,10 @@ class MemoryShortError(InputError):
 
 
 class EngineError(LmtoolError):
+    pass
+
+
+class RanksLost(EngineError):
     pass
 
 

@@ -18,7 +18,7 @@ from lmtool.config import EngineConfig
 from lmtool.engine.device import memory_short
 from lmtool.engine.kv_cache import BLOCK_SIZE, allocate_cache, outline_plan
 from lmtool.engine.load_weights import open_decoder
-from lmtool.engine.setup import batched_tokens
+from lmtool.engine.parts import batched_tokens
 from lmtool.errors import CheckpointError, ConfigError, EngineError
 from lmtool.layers.context import AttentionContext
 from lmtool.models.decoder import Decoder

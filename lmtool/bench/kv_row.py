@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from lmtool.bench.offline import drive, greedy_requests, load_random
+from lmtool.bench.offline import drive, greedy_requests
 from lmtool.bench.shapes import find_shape
 from lmtool.config import EngineConfig
 from lmtool.engine.device import choose_device
-from lmtool.engine.setup import LoadedEngine, load_engine
+from lmtool.engine.setup import LoadedEngine, load_engine, load_random
 from lmtool.errors import LmtoolError
 from lmtool.models.config import ModelConfig
 

@@ -18,15 +18,12 @@ from lmtool.bench.workloads import Prompt, Workload
 from lmtool.checkpoint.formats import open_checkpoint
 from lmtool.config import EngineConfig, GenerationConfig
 from lmtool.engine.core import EngineCore
-from lmtool.engine.device import choose_device, choose_dtype, free_bytes, memory_short
 from lmtool.engine.graphs import StartProgress
-from lmtool.engine.load_weights import stored_as, weight_bytes
 from lmtool.engine.sequence import Request
-from lmtool.engine.setup import LoadedEngine, build_core, compile_steps, load_engine
-from lmtool.errors import ConfigError, EngineError, MemoryShortError
+from lmtool.engine.setup import LoadedEngine, load_engine, load_random
+from lmtool.errors import ConfigError, EngineError
 from lmtool.models.config import ModelConfig
 from lmtool.models.loader import read_model_config
-from lmtool.models.random import random_decoder
 
 _GIB = 1 << 30
 _OF_ONE_KIND_OF_STEP = ("prefill_tokens_per_s", "decode_tokens_per_s")
@@ -59,42 +56,6 @@ class Result:
 
 
 # ---------------------------------------------------------------------- an engine to measure
-def load_random(
-    model: ModelConfig,
-    config: EngineConfig,
-    progress: StartProgress | None = None,
-    group_size: int | None = None,
-) -> LoadedEngine:
-    """An engine of this shape with random weights; group_size: 4-bit ones, in groups of so many.
-
-    Raises MemoryShortError, DeviceError or ConfigError.
-    """
-    started = time.perf_counter()
-    device = choose_device(config.device)
-    if group_size is not None and device.type == "cpu":
-        raise ConfigError(
-            "--w-group-size is for a GPU's 4-bit kernels", "leave it out, or give a checkpoint with --model"
-        )
-    dtype = choose_dtype(config.dtype, model, device)
-    needed, free = weight_bytes(model, dtype.itemsize, group_size), free_bytes(device)
-    if needed > free:
-        raise MemoryShortError(
-            f"the weights need {needed / _GIB:.1f} GiB on {device}, {free / _GIB:.1f} GiB are free",
-            "give a smaller --shape",
-        )
-    few_layers = replace(model, num_layers=min(2, model.num_layers))
-    outline = random_decoder(
-        few_layers, dtype=dtype, device=torch.device("meta"), num_positions=1, group_size=group_size
-    )
-    compiling = compile_steps(outline, config, device)
-    num_positions = config.session_len or model.max_positions
-    with memory_short(f"the weights ({needed / _GIB:.1f} GiB) did not fit on {device}", "give a smaller --shape"):
-        decoder = random_decoder(model, dtype=dtype, device=device, num_positions=num_positions, group_size=group_size)
-    core, plan = build_core(decoder, config, progress, compiling)
-    stored = stored_as(decoder, keep_int4=group_size is not None)
-    return LoadedEngine(core, model, plan, device, stored, {}, time.perf_counter() - started)
-
-
 def load(
     source: Path | ModelConfig,
     config: EngineConfig,

@@ -153,7 +153,7 @@ def _to_workspace(job: "Job", *, warm: bool, as_json: bool) -> None:
         made = run(job, progress)
         if warm:
             from lmtool.config import EngineConfig
-            from lmtool.engine.setup import compile_model
+            from lmtool.engine.parts import compile_model
 
             compile_model(job.destination, EngineConfig(device="cuda"), progress)
     manifest = made.manifest

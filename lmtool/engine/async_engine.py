@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from lmtool.engine.core import EngineCore, TokenOutput
 from lmtool.engine.sequence import Request
-from lmtool.errors import EngineError, LmtoolError
+from lmtool.errors import EngineError, LmtoolError, RanksLost
 
 Callback = Callable[[list[TokenOutput]], None]
 Errand = Callable[[EngineCore], None]
@@ -70,6 +70,8 @@ class AsyncEngine:
         try:
             while self._receive():
                 self._deliver(self._core.step())
+        except RanksLost as error:
+            reason = error
         except Exception as error:  # a bug of ours: nobody may be left waiting
             reason = EngineError(f"the engine stopped: {type(error).__name__}: {error}")
             raise

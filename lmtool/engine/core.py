@@ -17,7 +17,7 @@ from lmtool.engine.grammars import Grammars
 from lmtool.engine.held import Held
 from lmtool.engine.scheduler import Scheduler
 from lmtool.engine.sequence import Request, Sequence, TokenLogprob
-from lmtool.errors import EngineError, LmtoolError
+from lmtool.errors import EngineError, LmtoolError, RanksLost
 
 _log = logging.getLogger(__name__)
 _IDLE_S = 0.02  # how long a new request may wait where all others wait for their grammars
@@ -116,7 +116,8 @@ class EngineCore:
     def step(self) -> list[TokenOutput]:
         """Launch one step, then read the oldest one if more than the executor's depth are launched.
 
-        What breaks in a step ends the requests that were in it, with the error; the engine lives on.
+        What breaks in a step ends the requests that were in it, with the error; the engine lives on. Raises RanksLost
+        where it cannot.
         """
         outputs: list[TokenOutput] = []
         if self.scheduler.blocks.host.num_blocks:
@@ -129,6 +130,8 @@ class EngineCore:
             started = time.perf_counter()
             try:
                 self._launched.append(_Launched(batch, self._executor.launch(batch), started))
+            except RanksLost:
+                raise
             except Exception as error:  # whatever a step raises must not end the others' requests
                 outputs += self._fail(batch, error)
         if self._launched and (len(self._launched) > self._executor.depth or not batch.num_tokens):
@@ -163,6 +166,8 @@ class EngineCore:
         batch = launched.batch
         try:
             output = launched.pending.read()
+        except RanksLost:
+            raise
         except Exception as error:
             return self._fail(batch, error)
         now = time.perf_counter()

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from lmtool.engine.batch import Batch, CopiesDone, Load, StepOutput
+from lmtool.engine.ranks import Ranks
+from lmtool.errors import RanksLost
 
 
 class Pending(Protocol):
@@ -58,3 +60,41 @@ class LocalExecutor:
     def close(self) -> None:
         """Let go of weights and cache."""
         self._runner = None
+
+
+class RankExecutor(LocalExecutor):
+    """The first rank in the calling thread, the others told before it launches anything."""
+
+    def __init__(self, runner: Runner, ranks: Ranks) -> None:
+        super().__init__(runner)
+        self._ranks = ranks
+
+    def launch(self, batch: Batch) -> Pending:
+        """Raises RanksLost where a rank has ended, or did not do what the others did."""
+        number = self._ranks.launch(batch)
+        try:
+            return _OfAll(super().launch(batch), self._ranks)
+        except Exception:
+            if self._ranks.failed_together(number):
+                self._ranks.forget(number)
+                raise
+            self._ranks.check()
+            raise RanksLost("a step failed on some ranks and not on others", "start the engine again") from None
+
+    def close(self) -> None:
+        super().close()
+        self._ranks.close()
+
+
+class _OfAll:
+    def __init__(self, pending: Pending, ranks: Ranks) -> None:
+        self._pending, self._ranks = pending, ranks
+
+    def read(self) -> StepOutput:
+        try:
+            output = self._pending.read()
+        except Exception:
+            self._ranks.check()
+            raise
+        self._ranks.check()  # what came from a step that waited for a lost rank is nothing
+        return output

@@ -19,6 +19,7 @@ from lmtool.engine.garbage import no_collection
 from lmtool.engine.graphs import StartProgress
 from lmtool.errors import ConfigError, MemoryShortError
 from lmtool.images.form import read_image_form
+from lmtool.layers.group import Group
 from lmtool.layers.weights import W4
 from lmtool.models.config import ModelConfig
 from lmtool.models.decoder import Decoder
@@ -74,6 +75,8 @@ def bring_kv_parameters(decoder: Decoder, config: EngineConfig, path: Path) -> N
     if config.kv_choice != "static":
         return
     model = decoder.config
+    if config.tp > 1:
+        raise ConfigError("--tp: parameters of a static K/V cache are for one rank", "use --kv-dtype int8")
     parameters = read_kv_parameters(path, model.num_layers, model.num_kv_heads, model.head_dim)
     about = parameters.about
     check_last_norm(path, parameters.last_norm, decoder.final_norm.cpu())
@@ -137,11 +140,14 @@ def load_weights(
     device: torch.device,
     keep_int4: bool,
     progress: StartProgress | None,
+    group: Group | None = None,
 ) -> Decoder:
+    """Raises MemoryShortError, ConfigError and CheckpointError. group: this rank's part alone."""
     if keep_int4 and device.type == "cpu":
         needed = model.num_parameters
     else:
         needed = weight_bytes(model, dtype.itemsize, kernels.W4_LARGEST_GROUP if keep_int4 else None)
+    needed //= group.size if group is not None else 1
     free = free_bytes(device)
     if needed > free:
         smaller = "float16" if dtype == torch.float32 else None
@@ -168,4 +174,5 @@ def load_weights(
             num_positions=session_len,
             keep_int4=keep_int4,
             progress=partial(progress, "loading weights") if progress else None,
+            group=group,
         )

@@ -5,8 +5,8 @@ Everything that can be refused is refused here, before the first request.
 
 import logging
 import time
-from collections.abc import Mapping
-from contextlib import closing, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,33 +14,32 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lmtool import kernels
 from lmtool.checkpoint.engine_file import under_engine_file
-from lmtool.checkpoint.formats import open_checkpoint
 from lmtool.config import EngineConfig
 from lmtool.engine.block_manager import BlockManager
 from lmtool.engine.core import EngineCore
 from lmtool.engine.device import choose_device, free_bytes, memory_short
 from lmtool.engine.device_runner import DeviceRunner
-from lmtool.engine.executor import LocalExecutor
+from lmtool.engine.executor import LocalExecutor, RankExecutor, Runner
 from lmtool.engine.graphs import StartProgress
 from lmtool.engine.host_memory import HostPlan, check_host_tier, plan_host_tier, staging_bytes
 from lmtool.engine.host_tier import HostTier
-from lmtool.engine.kv_cache import CachePlan, outline_plan, plan_cache
-from lmtool.engine.load_weights import bring_kv_parameters, bring_vision, how_stored, load_weights, stored_as
+from lmtool.engine.kv_cache import CachePlan, plan_cache
 from lmtool.engine.model_runner import ModelRunner
+from lmtool.engine.parts import Part, batched_tokens, random_part, stored_part
+from lmtool.engine.ranks import Ranks
 from lmtool.engine.scheduler import Scheduler
 from lmtool.engine.swap_cost import SwapCost
+from lmtool.errors import InputError
+from lmtool.layers.group import Group
 from lmtool.models.config import ModelConfig
 from lmtool.models.decoder import Decoder
-from lmtool.models.loader import outline_decoder
 
 if TYPE_CHECKING:
     from lmtool.kernels.triton.precompile import Precompilation
 
 _log = logging.getLogger(__name__)
 _GIB = 1 << 30
-_DEFAULT_BATCHED_TOKENS = {"cuda": 8192, "cpu": 512}
 _DEFAULT_IMAGE_TILES = {"cuda": 16, "cpu": 4}
 _JOIN_SHARE = 32  # of the slots must be free before those who wait for one start: see Scheduler
 
@@ -77,28 +76,89 @@ def load_engine(
     config = under_engine_file(config, path)
     device = choose_device(config.device)
     check_host_tier(config)
-    checkpoint = open_checkpoint(path)
+    with (
+        ranks_of(config, device, path=path) as ranks,
+        stored_part(path, config, device, ranks.group if ranks else None, progress) as part,
+    ):
+        _log.info("weights loaded after %.1f s", time.perf_counter() - started)
+        core, plan = build_core(part.decoder, config, progress, part.compiling, ranks)
+    return _loaded(part, core, plan, device, started)
+
+
+def load_random(
+    model: ModelConfig,
+    config: EngineConfig,
+    progress: StartProgress | None = None,
+    group_size: int | None = None,
+) -> LoadedEngine:
+    """An engine of this shape with random weights; group_size: 4-bit ones, in groups of so many.
+
+    Raises MemoryShortError, DeviceError or ConfigError.
+    """
+    started = time.perf_counter()
+    device = choose_device(config.device)
+    check_host_tier(config)
+    with (
+        ranks_of(config, device, shape=model, group_size=group_size) as ranks,
+        random_part(model, config, device, ranks.group if ranks else None, group_size) as part,
+    ):
+        core, plan = build_core(part.decoder, config, progress, part.compiling, ranks)
+    return _loaded(part, core, plan, device, started)
+
+
+def load_rank(
+    config: EngineConfig,
+    device: torch.device,
+    group: Group,
+    *,
+    path: Path | None,
+    shape: ModelConfig | None,
+    group_size: int | None,
+) -> Runner:
+    """What a rank that is not the first runs: a model out of its files, or a shape. Raises as those two do."""
+    if shape is not None:
+        with random_part(shape, config, device, group, group_size) as part:
+            return build_runner(part.decoder, config, None, part.compiling)[0]
+    assert path is not None
+    with stored_part(path, config, device, group, None) as part:
+        return build_runner(part.decoder, config, None, part.compiling)[0]
+
+
+@contextmanager
+def ranks_of(
+    config: EngineConfig,
+    device: torch.device,
+    *,
+    path: Path | None = None,
+    shape: ModelConfig | None = None,
+    group_size: int | None = None,
+) -> Iterator[Ranks | None]:
+    """The other ranks, where there are to be some; they are ended where what is done with them fails."""
+    if config.tp == 1:
+        yield None
+        return
+    ranks = Ranks(config, device, path=path, shape=shape, group_size=group_size)
     try:
-        model, keep_int4, dtype = how_stored(checkpoint, config, device)
-        compiling = None
-        if device.type == "cuda":
-            compiling = compile_steps(outline_decoder(checkpoint, model, dtype, keep_int4=keep_int4), config, device)
-        with closing(compiling) if compiling else nullcontext():
-            decoder = load_weights(checkpoint, model, config, dtype, device, keep_int4, progress)
-            bring_kv_parameters(decoder, config, path)
-            bring_vision(decoder, checkpoint)
-            defaults = checkpoint.generation_config
-            _log.info("weights loaded after %.1f s", time.perf_counter() - started)
-            core, plan = build_core(decoder, config, progress, compiling)
-    finally:
-        checkpoint.close()
+        yield ranks
+    except Exception as error:
+        try:
+            if not isinstance(error, InputError):
+                ranks.check()  # why one of them is not there is why this failed
+        finally:
+            ranks.close()
+        raise
+
+
+def _loaded(part: Part, core: EngineCore, plan: CachePlan, device: torch.device, started: float) -> LoadedEngine:
+    decoder = part.decoder
+    size = decoder.group.size if decoder.group is not None else 1
     return LoadedEngine(
         core,
-        model,
+        part.model,
         plan,
         device,
-        stored_as(decoder, keep_int4),
-        defaults,
+        part.stored_as if size == 1 else f"{part.stored_as}, in {size} parts",
+        part.generation_defaults,
         time.perf_counter() - started,
         decoder.vision is not None,
     )
@@ -109,20 +169,14 @@ def build_core(
     config: EngineConfig,
     progress: StartProgress | None = None,
     compiling: "Precompilation | None" = None,
+    ranks: Ranks | None = None,
 ) -> tuple[EngineCore, CachePlan]:
     """The engine around a decoder that is in memory. compiling: its kernels. Raises MemoryShortError."""
     device = decoder.device
-    free = free_bytes(device)
-    staging = staging_bytes(config, device, free)
-    plan = plan_cache(config, decoder.config, decoder.dtype, device, free - staging)
-    host = plan_host_tier(config, plan.block_bytes, device, staging)
-    budget = batched_tokens(config, device)
+    runner, plan, host = build_runner(decoder, config, progress, compiling)
+    if ranks is not None:
+        ranks.wait_until_ready()
     on_gpu = device.type == "cuda"
-    runner = (
-        _device_runner(decoder, plan, host, config, progress, compiling)
-        if on_gpu
-        else ModelRunner(decoder, plan, max_batch_size=config.max_batch_size, host=host)
-    )
     blocks = BlockManager(
         plan.num_blocks,
         plan.block_size,
@@ -133,47 +187,32 @@ def build_core(
     scheduler = Scheduler(
         blocks,
         max_batch_size=config.max_batch_size,
-        max_batched_tokens=budget,
+        max_batched_tokens=batched_tokens(config, device),
         max_image_tiles=config.max_image_tiles or _DEFAULT_IMAGE_TILES[device.type],
         join_group=max(1, config.max_batch_size // _JOIN_SHARE) if on_gpu else 1,
         swap_cost=SwapCost(runner.load_bytes_per_s, plan.block_bytes),
     )
-    return EngineCore(scheduler, LocalExecutor(runner), session_len=plan.session_len), plan
+    executor = RankExecutor(runner, ranks) if ranks is not None else LocalExecutor(runner)
+    return EngineCore(scheduler, executor, session_len=plan.session_len), plan
 
 
-def batched_tokens(config: EngineConfig, device: torch.device) -> int:
-    """The token budget of one step."""
-    return config.max_batched_tokens or _DEFAULT_BATCHED_TOKENS[device.type]
-
-
-def compile_steps(outline: Decoder, config: EngineConfig, device: torch.device) -> "Precompilation | None":
-    """Begin to compile what a decoder like ``outline`` (on the meta device, two layers will do) needs on ``device``.
-
-    The cache's size is not known yet; no kernel is compiled for it.
-    """
-    session_len = config.session_len or outline.config.max_positions
-    plan = outline_plan(config, session_len)
-    budget = batched_tokens(config, device)
-
-    def rehearse() -> None:
-        DeviceRunner(outline, plan, max_batch_size=config.max_batch_size).rehearse(budget)
-
-    return kernels.compile_ahead(rehearse, device, outline.dtype, outline.config.head_dim)
-
-
-def compile_model(path: Path, config: EngineConfig, progress: StartProgress | None = None) -> None:
-    """Compile what a model needs for the card at hand into the user's cache, so that a start compiles nothing.
-
-    Raises as `load_engine` does.
-    """
-    config = under_engine_file(config, path)
-    device = choose_device("cuda" if config.device == "auto" else config.device)
-    with closing(open_checkpoint(path)) as checkpoint:
-        model, keep_int4, dtype = how_stored(checkpoint, config, device)
-        compiling = compile_steps(outline_decoder(checkpoint, model, dtype, keep_int4=keep_int4), config, device)
-    if compiling is not None:
-        with closing(compiling):
-            compiling.wait(partial(progress, "compiling kernels") if progress else None)
+def build_runner(
+    decoder: Decoder,
+    config: EngineConfig,
+    progress: StartProgress | None,
+    compiling: "Precompilation | None",
+) -> tuple[ModelRunner | DeviceRunner, CachePlan, HostPlan | None]:
+    """One rank's. Raises MemoryShortError."""
+    device = decoder.device
+    free = free_bytes(device)
+    if decoder.group is not None:  # all ranks have as many blocks
+        free = decoder.group.least(free)
+    staging = staging_bytes(config, device, free)
+    plan = plan_cache(config, decoder.config, decoder.dtype, device, free - staging)
+    host = plan_host_tier(config, plan.block_bytes, device, staging)
+    if device.type == "cuda":
+        return _device_runner(decoder, plan, host, config, progress, compiling), plan, host
+    return ModelRunner(decoder, plan, max_batch_size=config.max_batch_size, host=host), plan, host
 
 
 def _device_runner(

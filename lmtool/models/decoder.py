@@ -109,7 +109,7 @@ class Decoder:
         own = ids - self.group.rank * len(self.embed)
         is_own = (own >= 0) & (own < len(self.embed))
         rows = torch.nn.functional.embedding(own.clamp(0, len(self.embed) - 1), self.embed)
-        return self.group.all_reduce_(rows.mul_(is_own[:, None]))
+        return self.group.all_reduce_(rows.masked_fill_(~is_own[:, None], 0))
 
     def _add_(self, matrix: Matrix, hidden: Tensor, x: Tensor) -> None:
         """hidden += the matrix times x, of which each rank has a part; the first one's sum brings what was there."""

@@ -2,13 +2,14 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from lmtool.checkpoint.formats import Checkpoint
 from lmtool.checkpoint.staging import Stager
-from lmtool.layers.group import Group
+from lmtool.layers.group import AloneGroup, Group
 from lmtool.models.config import ModelConfig, Reader
 from lmtool.models.decoder import Decoder
 from lmtool.models.registry import family
@@ -44,27 +45,47 @@ def load_decoder(
     keep_int4: 4-bit matrices stay 4-bit; on a GPU AWQ's and GPTQ's alone. On a GPU files are read ahead of the copies,
     in the background, until all is there.
     """
-    names, local = names_of(checkpoint), config
-    if group is not None:
-        shard = Shard(group.rank, group.size)
-        checkpoint, local = ShardView(checkpoint, shard, config, names), shard.local(config)
+    names = names_of(checkpoint)
+    checkpoint, local = _part(checkpoint, config, names, group)
     with Stager(device) if device.type == "cuda" else nullcontext() as stager:
         source = Source(checkpoint, local, names, dtype, device, keep_int4, stager)
         source.check_names()
         decoder = source.decoder(num_positions, progress)
         source.finish()
-    decoder.group = group
-    decoder.config = replace(local, vocab_size=config.vocab_size)
     if progress:
         progress(config.num_layers, config.num_layers)
-    return decoder
+    return in_group(decoder, config, group)
 
 
 def outline_decoder(
-    checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, *, keep_int4: bool = False, num_layers: int = 2
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    *,
+    keep_int4: bool = False,
+    num_layers: int = 2,
+    group: Group | None = None,
 ) -> Decoder:
     """What `load_decoder` makes, with ``num_layers`` layers, on the meta device: shapes and dtypes, and no memory."""
-    meta, family_ = torch.device("meta"), names_of(checkpoint)
-    Source(checkpoint, config, family_, dtype, meta).check_names()
-    config = replace(config, num_layers=min(num_layers, config.num_layers))
-    return Source(checkpoint, config, family_, dtype, meta, keep_int4).decoder(num_positions=1)
+    meta, names = torch.device("meta"), names_of(checkpoint)
+    Source(checkpoint, config, names, dtype, meta).check_names()
+    few = replace(config, num_layers=min(num_layers, config.num_layers))
+    checkpoint, local = _part(checkpoint, few, names, group)
+    decoder = Source(checkpoint, local, names, dtype, meta, keep_int4).decoder(num_positions=1)
+    return in_group(decoder, few, AloneGroup(group.rank, group.size) if group is not None else None)
+
+
+def in_group(decoder: Decoder, whole: ModelConfig, group: Group | None) -> Decoder:
+    """The decoder, whose weights are one rank's, as one of the group; its vocabulary is the whole model's."""
+    decoder.group = group
+    decoder.config = replace(decoder.config, vocab_size=whole.vocab_size)
+    return decoder
+
+
+def _part(
+    checkpoint: Checkpoint, config: ModelConfig, names: ModuleType, group: Group | None
+) -> tuple[Checkpoint, ModelConfig]:
+    if group is None:
+        return checkpoint, config
+    shard = Shard(group.rank, group.size)
+    return ShardView(checkpoint, shard, config, names), shard.local(config)

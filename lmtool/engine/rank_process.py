@@ -1,0 +1,88 @@
+"""A rank that is not the first: `python -m lmtool.engine.rank_process`, started by `Ranks` with its orders on stdin.
+
+It loads its part, then launches whatever it is told, and reads nothing of what comes out: all ranks choose the same
+tokens. It ends when the first one does.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+
+import msgspec
+import torch
+
+from lmtool import log
+from lmtool.config import EngineConfig
+from lmtool.engine.executor import Runner
+from lmtool.engine.rank_wire import Failed, Frames, Launch, RankOrders, Ready, Refused
+from lmtool.engine.ranks import join_group
+from lmtool.engine.setup import load_rank
+from lmtool.errors import LmtoolError
+from lmtool.models.config import ModelConfig
+
+_log = logging.getLogger(__name__)
+
+
+def main() -> int:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group: the first rank decides
+    orders = msgspec.json.decode(sys.stdin.buffer.readline(), type=RankOrders)
+    log.setup()
+    if orders.verbose:
+        log.be_verbose()
+    threading.Thread(target=_end_with_the_first, daemon=True).start()
+    frames = Frames(socket.socket(fileno=orders.socket_fd), Launch)
+    try:
+        runner = _load(orders)
+    except LmtoolError as error:
+        frames.send(Refused(type(error).__name__, error.cause, error.fix))
+        return error.exit_code
+    except Exception as error:
+        _log.debug("rank %d cannot start", orders.rank, exc_info=error)
+        frames.send(Refused("EngineError", f"rank {orders.rank} cannot start: {type(error).__name__}: {error}"))
+        return 1
+    frames.send(Ready())
+    with contextlib.suppress(EOFError, OSError):
+        _serve(runner, frames)
+    os._exit(0)  # work that waits for the other ranks is on the device: nobody waits for it
+
+
+def _load(orders: RankOrders) -> Runner:
+    device = torch.device(orders.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    group = join_group(orders, Path(orders.store), orders.rank, orders.size, device)
+    config = EngineConfig(**orders.engine)
+    model = msgspec.convert(orders.shape, ModelConfig) if orders.shape is not None else None
+    return load_rank(
+        config,
+        device,
+        group,
+        path=Path(orders.path) if orders.path else None,
+        shape=model,
+        group_size=orders.group_size,
+    )
+
+
+def _serve(runner: Runner, frames: Frames) -> None:
+    while True:
+        told: Launch = frames.receive()
+        try:
+            runner.launch(told.batch)
+        except Exception as error:  # the first rank had the same, or it will hear of this
+            _log.debug("step %d failed", told.number, exc_info=error)
+            frames.send(Failed(told.number, f"{type(error).__name__}: {error}"))
+
+
+def _end_with_the_first() -> None:
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
