@@ -1,0 +1,204 @@
+"""What a cluster is to serve: `ClusterSpec`, from a TOML file or from ``--model`` texts. Frozen. Knows no Ray.
+
+Both name a model's settings as flags do, without the dashes, and all in one row: its own (`ModelSpec`), those of
+`EngineConfig`, and the limits of `ServerConfig` that are a model's affair.
+"""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from lmtool.config import EngineConfig
+from lmtool.errors import ConfigError
+from lmtool.server.config import ServerConfig
+
+_MOST_REPLICAS = 1024
+_SERVER_DEFAULTS = ServerConfig()
+_ENGINE = tuple(one.name for one in fields(EngineConfig) if one.init)
+_SERVER = {  # as the flag of api_server is called -> field of ServerConfig
+    "http_processes": "num_http_processes",
+    "max_queue": "max_queue",
+    "request_timeout": "request_timeout_s",
+    "drain_timeout": "drain_timeout_s",
+    "max_images": "max_images",
+    "allowed_image_hosts": "allowed_image_hosts",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """
+    model           a folder, a file or a name, as for api_server; the same on every machine
+    name            what clients call it
+    replicas        how many there are
+    tp              GPUs that share one replica
+    cpus, gpus      what Ray keeps free for one replica; gpus None: tp on a cluster with GPUs, unless device is 'cpu'
+    chat_template, revision, download_dir   as for api_server
+    engine          settings of `EngineConfig`, as given
+    server          fields of `ServerConfig`, as given
+    """
+
+    model: str
+    name: str
+    replicas: int = 1
+    tp: int = 1
+    cpus: float = 1.0
+    gpus: int | None = None
+    chat_template: str | None = None
+    revision: str | None = None
+    download_dir: str | None = None
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    server: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, key: str, wanted: str) -> None:
+            if not ok:
+                raise ConfigError(f"{key} is {getattr(self, key)!r}", f"give {wanted}")
+
+        def is_number(key: str, kinds: tuple[type, ...]) -> bool:
+            return isinstance(getattr(self, key), kinds) and not isinstance(getattr(self, key), bool)
+
+        check(isinstance(self.model, str) and bool(self.model), "model", "a model's folder, file or name")
+        check(_is_name(self.name), "name", "what clients call the model: a text without blanks")
+        check(is_number("replicas", (int,)) and 1 <= self.replicas <= _MOST_REPLICAS, "replicas", "1 to 1024")
+        check(is_number("tp", (int,)) and self.tp == 1, "tp", "1: replicas on several GPUs are not there yet")
+        check(is_number("cpus", (int, float)) and 0 <= self.cpus <= 4096, "cpus", "a number from 0 to 4096")
+        check(self.gpus is None or (is_number("gpus", (int,)) and self.gpus in (0, self.tp)), "gpus", "0 or tp")
+        for key in ("chat_template", "revision", "download_dir"):
+            check(getattr(self, key) is None or isinstance(getattr(self, key), str), key, "a text")
+        for key, value in self.server.items():
+            _check_kind(key, value)
+        EngineConfig(**self.engine)  # both say what is wrong with theirs
+        self.server_config()
+
+    def server_config(self, **settings: Any) -> ServerConfig:
+        """Of a replica. Raises ConfigError for a setting that cannot be."""
+        return ServerConfig(model_names=(self.name,), **self.server, **settings)
+
+    def num_gpus(self, *, cluster_has_gpus: bool) -> int:
+        """What Ray is to keep free for one replica."""
+        if self.gpus is not None:
+            return self.gpus
+        return self.tp if cluster_has_gpus and self.engine.get("device") != "cpu" else 0
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterSpec:
+    """At least one model, each with a name of its own."""
+
+    models: tuple[ModelSpec, ...]
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise ConfigError("there is no model to serve", "give --model, or --config with [[models]]")
+        names = [model.name for model in self.models]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"two models are called {name!r}", "give each a name of its own: name=…")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(model.name for model in self.models)
+
+
+def read_spec(path: Path) -> ClusterSpec:
+    """A TOML file of ``[[models]]`` tables. Raises ConfigError that names the file and the model."""
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--config {path} cannot be read: {error}", "give a TOML file") from error
+    for key in found:
+        if key != "models":
+            raise ConfigError(f"--config {path}: {key!r} is no setting", "a file of models has [[models]] only")
+    tables = found.get("models", [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise ConfigError(f"--config {path}: models is no list of tables", "begin each model with [[models]]")
+    return ClusterSpec(
+        tuple(_model(table, f"--config {path}: model {number}") for number, table in enumerate(tables, 1))
+    )
+
+
+def parse_models(texts: Sequence[str]) -> ClusterSpec:
+    """Of ``--model A,replicas=2,cache-gb=4`` each. Raises ConfigError that names the text."""
+    return ClusterSpec(tuple(_model(_settings(text), f"--model {text}") for text in texts))
+
+
+def _settings(text: str) -> dict[str, Any]:
+    model, *pairs = text.split(",")
+    settings: dict[str, Any] = {"model": model}
+    for pair in pairs:
+        key, sign, value = pair.partition("=")
+        if not sign:
+            raise ConfigError(f"--model {text}: {pair!r} has no value", "give key=value, as in replicas=2")
+        if key in settings:
+            raise ConfigError(f"--model {text}: {key!r} is there twice", "give it once")
+        settings[key] = _value(value)
+    return settings
+
+
+def _value(text: str) -> Any:
+    """A number, true or false, as TOML writes them; whatever is none of these is a text."""
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except ValueError:
+        return text
+    return value if isinstance(value, int | float) else text
+
+
+def _model(settings: Mapping[str, Any], where: str) -> ModelSpec:
+    own: dict[str, Any] = {}
+    engine: dict[str, Any] = {}
+    server: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = key.replace("-", "_")
+        if name in _OWN:
+            place, name = own, name
+        elif name in _ENGINE:
+            place = engine
+        elif name in _SERVER:
+            place, name = server, _SERVER[name]
+            value = _hosts(value) if name == "allowed_image_hosts" else value
+        else:
+            known = ", ".join(sorted(one.replace("_", "-") for one in (*_OWN, *_ENGINE, *_SERVER)))
+            raise ConfigError(f"{where}: {key!r} is no setting", f"one of {known}")
+        if name in place:
+            raise ConfigError(f"{where}: {key!r} is there twice", "give it once")
+        place[name] = value
+    if "model" not in own:
+        raise ConfigError(f"{where} has no model", "give model = a folder, a file or a name")
+    try:
+        return ModelSpec(**{"name": _short(own["model"]), **own}, engine=engine, server=server)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error.cause}", error.fix) from None
+
+
+def _hosts(value: Any) -> Any:
+    """Of one or of a list."""
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+def _check_kind(key: str, value: object) -> None:
+    """What ServerConfig compares is to be comparable."""
+    kind = type(getattr(_SERVER_DEFAULTS, key))
+    if kind is tuple:
+        sound = isinstance(value, tuple) and all(isinstance(one, str) for one in value)
+    else:
+        sound = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
+    if not sound:
+        flag = next(name for name, field in _SERVER.items() if field == key).replace("_", "-")
+        wanted = {int: "a whole number", float: "a number"}.get(kind, "a list of texts")
+        raise ConfigError(f"{flag} is {value!r}", f"give {wanted}")
+
+
+def _short(model: Any) -> Any:
+    """What a model is called where nobody named it: of a path its last part."""
+    return Path(model).name if isinstance(model, str) and Path(model).exists() else model
+
+
+def _is_name(name: object) -> bool:
+    return isinstance(name, str) and 0 < len(name) <= 200 and name.isprintable() and not any(map(str.isspace, name))
+
+
+_OWN = tuple(one.name for one in fields(ModelSpec) if one.name not in ("engine", "server"))
