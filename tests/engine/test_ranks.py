@@ -156,3 +156,47 @@ def test_a_group_that_would_be_cut_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="--tp 4 would cut groups"):
         engine(folder, tp=4, dtype="auto")
     assert not torch.distributed.is_initialized()
+
+
+two_cards = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+ON_CARDS = {"device": "cuda", "cache_gb": 0.5}
+
+
+@pytest.mark.gpu
+@two_cards
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "InternLM2ForCausalLM", "Qwen3ForCausalLM"])
+def test_two_cards_answer_as_one(tmp_path: Path, architecture: str) -> None:
+    """With graphs, all-reduces inside; twice, the second time out of the cache."""
+    folder = tiny_folder(tmp_path, architecture)
+    alone = answers_of(engine(folder, **ON_CARDS), requests())
+    loaded = engine(folder, tp=2, **ON_CARDS)
+    first = run_all(loaded.core, requests())
+    together = answers_of(loaded, [request(10 + i, ids, max_new_tokens=10) for i, ids in PROMPTS.items()])
+    check_equal(alone, first, decoder_of(folder), PROMPTS)
+    check_equal(alone, {i - 10: answer for i, answer in together.items()}, decoder_of(folder), PROMPTS)
+
+
+@pytest.mark.gpu
+@two_cards
+def test_four_bits_on_two_cards(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
+    folder = quantize(tiny_folder(tmp_path, **sizes), "awq")
+    asked = [request(i, ids, max_new_tokens=10) for i, ids in PROMPTS.items()]
+    settings = {**ON_CARDS, "dtype": "float16"}
+    alone, together = answers_of(engine(folder, **settings), asked), answers_of(engine(folder, tp=2, **settings), asked)
+    same = sum(a == b for i in alone for a, b in zip(alone[i], together[i], strict=True))
+    assert same >= 0.8 * 10 * len(alone)  # half precision: where two are near, all that follows may differ
+
+
+@pytest.mark.gpu
+@two_cards
+def test_a_card_whose_process_dies_is_no_hang(tmp_path: Path) -> None:
+    loaded = engine(tiny_folder(tmp_path, max_position_embeddings=100_000), tp=2, session_len=90_000, **ON_CARDS)
+    ranks = loaded.core._executor._ranks  # type: ignore[attr-defined]
+    running, waiting = AsyncEngine(loaded.core), Waiting()
+    running.submit(request(0, [1, 2, 3], max_new_tokens=80_000), waiting)
+    assert waiting.begun.wait(60)
+    os.kill(ranks._processes[0].pid, signal.SIGKILL)
+    assert waiting.over.wait(60), "nobody was told"
+    assert "rank 1 of 2 has ended" in str(waiting.outputs[-1].error)
+    running.close()
