@@ -85,6 +85,7 @@ KNOWN_TOWERS = {
     "clip-vit-large-patch14-336": TOWER_DEFAULTS | _LARGE | {"image_size": 336},
     "clip-vit-large-patch14": TOWER_DEFAULTS | _LARGE | {"image_size": 224},
 }
+_MOST_LAYERS = 1000  # of a tower: each is asked for by name
 _ANOTHER = "lmtool runs LLaVA 1.5 and 1.6: give another model"
 
 
@@ -122,7 +123,7 @@ def language_config(config: Mapping[str, Any]) -> dict[str, Any]:
     else:
         text = dict(_table(config, "text_config"))
         kind = text.get("model_type", "llama")
-    if kind not in LANGUAGE_ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in LANGUAGE_ARCHITECTURES:
         raise CheckpointError(
             f"config.json: the language model is of type {kind!r}", "supported: " + ", ".join(LANGUAGE_ARCHITECTURES)
         )
@@ -161,6 +162,8 @@ def tower_settings(stated: Mapping[str, Any], where: str) -> dict[str, Any]:
         is_whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
         if isinstance(TOWER_DEFAULTS[key], int) and not is_whole:
             raise CheckpointError(f"{where}: {key} is {value!r}", "a whole number above 0 is expected")
+    if made["num_hidden_layers"] > _MOST_LAYERS:
+        raise CheckpointError(f"{where}: num_hidden_layers is {made['num_hidden_layers']}", "the file is damaged")
     return made
 
 

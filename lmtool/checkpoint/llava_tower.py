@@ -41,7 +41,7 @@ def find_tower(model: Path, name: str) -> Path:
     hub's cache. Raises CheckpointError with where to get it."""
     last = name.rstrip("/").rpartition("/")[2]
     for folder in (model / last, model.parent / last, Path(name).expanduser()):
-        if (folder / "config.json").exists():
+        if last and (folder / "config.json").exists():
             return folder
     is_hub_id = HUB_ID.fullmatch(name) is not None and not name.startswith(".")
     cached = cached_model(name) if is_hub_id else None

@@ -187,6 +187,9 @@ def test_a_tower_that_is_nowhere(tmp_path: Path) -> None:
     assert open_checkpoint(model, tower=tmp_path / "far/away").vision is not None
     set_key(model, "mm_vision_tower", "./checkpoints/my-clip")
     assert "put that folder beside the model as my-clip or give the model's llava-hf form" in refused(model)
+    set_key(model, "mm_vision_tower", "/")
+    assert "needs the vision tower /, which is not on this machine" in refused(model)
+    set_key(model, "mm_vision_tower", "./checkpoints/my-clip")
     pickled = model / "my-clip"
     pickled.mkdir()
     (pickled / "config.json").write_text("{}")
@@ -233,6 +236,8 @@ def refused(folder: Path) -> str:
         ("image_size", 35, "vision_config", "position_embedding.weight is [17, 32], not [26, 32]"),
         ("num_hidden_layers", 2, "vision_config", "16 are unexpected (vision_tower.encoder.layers.2"),
         ("model_type", "gemma", "text_config", "the language model is of type 'gemma'; supported: llama, mistral"),
+        ("num_hidden_layers", 10**9, "vision_config", "num_hidden_layers is 1000000000; the file is damaged"),
+        ("model_type", ["llama"], "text_config", "the language model is of type ['llama']; supported: llama, mistral"),
         ("text_config", 3, None, "text_config is 3; a table is expected"),
     ],
 )

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from lmtool.checkpoint.formats import open_checkpoint
 from lmtool.checkpoint.vision import copy_picture_files
 from lmtool.config import EngineConfig
+from lmtool.convert.job import Job
+from lmtool.convert.to_workspace import convert
 from lmtool.engine.setup import load_engine
 from lmtool.errors import CheckpointError
 from lmtool.images.prepared import IMAGE_ID
@@ -225,3 +227,17 @@ def test_calibration_sees_the_language_model(tmp_path: Path) -> None:
     seen = load_file(tmp_path / "work" / FOLDER / "inputs.safetensors")
     assert "model.layers.1.mlp.down_proj.absmax" in seen
     assert not any("tower" in name for name in seen)
+
+
+@pytest.mark.parametrize("form", ["hub", "original"])
+def test_of_a_workspace_comes_what_comes_of_its_source(form: str, tmp_path: Path, text: Path) -> None:
+    model, workspace = tmp_path / "model", tmp_path / "workspace"
+    llava_in_form(model, form)
+    convert(Job(source=model, name="model", destination=workspace))
+    run(model, tmp_path / "a", text)
+    run(workspace, tmp_path / "b", text)
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in "ab"]
+    assert configs[0] == configs[1]
