@@ -59,8 +59,7 @@ def open_tower(folder: Path, name: str) -> Tower:
         pickled = any(file.suffix in PICKLE_SUFFIXES for file in folder.iterdir())
         raise CheckpointError(
             f"{folder}, the vision tower, has no *.safetensors" + (", only pickled weights" if pickled else ""),
-            f"download {name} again {_GIVE_HUB_FORM}"
-            + (", or lmtool convert --allow-bin the model" if pickled else ""),
+            f"{'lmtool convert --allow-bin the model' if pickled else f'download {name} again'} {_GIVE_HUB_FORM}",
         )
     checkpoint = HfCheckpoint(folder)
     stated = checkpoint.config.get("vision_config", checkpoint.config)

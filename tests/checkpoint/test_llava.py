@@ -194,7 +194,7 @@ def test_a_tower_that_is_nowhere(tmp_path: Path) -> None:
     pickled.mkdir()
     (pickled / "config.json").write_text("{}")
     (pickled / "pytorch_model.bin").touch()
-    assert "has no *.safetensors, only pickled weights; download" in refused(model)
+    assert "has no *.safetensors, only pickled weights; lmtool convert --allow-bin the model or give" in refused(model)
 
 
 # ------------------------------------------------------------------ damage
