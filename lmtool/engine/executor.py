@@ -73,13 +73,15 @@ class RankExecutor(LocalExecutor):
         """Raises RanksLost where a rank has ended, or did not do what the others did."""
         number = self._ranks.launch(batch)
         try:
-            return _OfAll(super().launch(batch), self._ranks)
+            pending = super().launch(batch)
         except Exception:
             if self._ranks.failed_together(number):
                 self._ranks.forget(number)
                 raise
             self._ranks.check()
             raise RanksLost("a step failed on some ranks and not on others", "start the engine again") from None
+        self._ranks.launched(number)
+        return _OfAll(pending, self._ranks)
 
     def close(self) -> None:
         super().close()

@@ -85,6 +85,7 @@ class Ranks:
         self._changed = threading.Condition()
         self._ready: set[int] = set()
         self._failed: dict[int, set[int]] = {}  # step -> ranks
+        self._done = 0  # the last step that was launched here
         self._lost: LmtoolError | None = None
         self._closing = False
         self._number = 0
@@ -158,6 +159,8 @@ class Ranks:
                 self._failed.setdefault(message.number, set()).add(rank)
                 _log.debug("rank %d: step %d: %s", rank, message.number, message.cause)
             self._changed.notify_all()
+        if isinstance(message, Failed) and message.number <= self._done:
+            self._lose(RanksLost(f"rank {rank} of {self.size} broke in a step: {message.cause}"))
 
     def _lose(self, reason: LmtoolError) -> None:
         with self._changed:
@@ -193,17 +196,21 @@ class Ranks:
             self.check()
         return self._number
 
+    def launched(self, number: int) -> None:
+        """The step is under way here: a rank where it is not would be waited for in vain."""
+        with self._changed:
+            self._done = number
+            late = bool(self._failed)
+        if late:
+            self._lose(RanksLost(f"some of {self.size} ranks broke in a step, and others did not"))
+            self.check()
+
     def failed_together(self, number: int, within_s: float = 30.0) -> bool:
         """A step that broke here broke on every rank: they are still of one mind."""
         with self._changed:
             return self._changed.wait_for(
                 lambda: self._lost is not None or len(self._failed.get(number, ())) == self.size - 1, within_s
             ) and (self._lost is None)
-
-    @property
-    def is_of_one_mind(self) -> bool:
-        """No rank broke in a step that did not break here. A step that was told of is forgotten by this."""
-        return not self._failed
 
     def forget(self, number: int) -> None:
         with self._changed:
