@@ -10,6 +10,7 @@ from lmtool.errors import LmtoolError
 from lmtool.server.access import Keys, OwnNames
 from lmtool.server.chat_routes import chat_router
 from lmtool.server.completion_routes import completion_router
+from lmtool.server.config import ServerConfig
 from lmtool.server.context import ServerContext
 from lmtool.server.disconnect import ClientGone
 from lmtool.server.envelope import Envelope
@@ -42,6 +43,12 @@ def create_app(context: ServerContext) -> FastAPI:
         status_router,
     ):
         app.include_router(router(context))
+    guard(app, config)
+    return app
+
+
+def guard(app: FastAPI, config: ServerConfig) -> None:
+    """What every application of ours has around its routes: errors in OpenAI's form, who is let in, ids, a log."""
     _handle_errors(app)
     # the last one added is the first one asked; a browser's question before the request carries no key
     if config.api_keys:
@@ -57,7 +64,6 @@ def create_app(context: ServerContext) -> FastAPI:
             expose_headers=["X-Request-Id"],
         )
     app.add_middleware(Envelope, log_requests=config.log_requests)
-    return app
 
 
 def _handle_errors(app: FastAPI) -> None:

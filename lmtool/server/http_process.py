@@ -15,10 +15,12 @@ from pathlib import Path
 import msgspec
 import uvicorn
 import uvloop
+from starlette.types import ASGIApp
 
 from lmtool import log
 from lmtool.images.form import read_image_form
 from lmtool.server.app import create_app
+from lmtool.server.config import ServerConfig
 from lmtool.server.context import ServerContext
 from lmtool.server.engine_client import EngineClient
 from lmtool.server.orders import HttpOrders
@@ -52,12 +54,10 @@ def make_context(orders: HttpOrders, on_change: Callable[[EngineClient], None] |
     )
 
 
-async def serve_http(context: ServerContext, listener: socket.socket, stop: asyncio.Event) -> None:
-    """Until ``stop`` is set and what was under way then is over."""
-    config = context.config
-    server = _Uvicorn(
+def uvicorn_server(app: ASGIApp, config: ServerConfig) -> uvicorn.Server:
+    return _Uvicorn(
         uvicorn.Config(
-            create_app(context),
+            app,
             log_config=None,
             access_log=False,
             server_header=False,
@@ -70,6 +70,11 @@ async def serve_http(context: ServerContext, listener: socket.socket, stop: asyn
             ssl_certfile=config.ssl_certfile,
         )
     )
+
+
+async def serve_http(context: ServerContext, listener: socket.socket, stop: asyncio.Event) -> None:
+    """Until ``stop`` is set and what was under way then is over."""
+    server = uvicorn_server(create_app(context), context.config)
     context.engine.start()
     serving = asyncio.create_task(server.serve([listener]))
     stopping = asyncio.create_task(stop.wait())

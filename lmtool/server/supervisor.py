@@ -47,11 +47,17 @@ class Launch:
 
 def serve(launch: Launch, say: Callable[[str], None]) -> None:
     """Until SIGINT or SIGTERM. say: what people are to know about the start. Raises what keeps the engine from it."""
-    config = launch.config
-    with _private_folder() as folder, contextlib.ExitStack() as stack:
-        if config.num_http_processes > 1:  # before prometheus_client is imported
+    serve_at(bind(launch.config), launch, say)
+
+
+def serve_at(doors: list[socket.socket], launch: Launch, say: Callable[[str], None]) -> None:
+    """The same at sockets of `bind`, which are closed at the end."""
+    with contextlib.ExitStack() as stack:
+        for door in doors:
+            stack.enter_context(door)
+        folder = stack.enter_context(_private_folder())
+        if len(doors) > 1:  # before prometheus_client is imported
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
-        doors = [stack.enter_context(door) for door in bind(config)]
         listener = stack.enter_context(socket.socket(socket.AF_UNIX))
         listener.bind(str(folder / "engine"))
         listener.listen()
@@ -129,7 +135,7 @@ class _Run:
             loop.add_signal_handler(number, self._end)
         context = make_context(self._http_orders(0), self._on_change)
         self._client = context.engine
-        self._address = _address(self._launch.config, self._doors[0])
+        self._address = address_of(self._launch.config, self._doors[0])
         engine = asyncio.create_task(self._keep_engine())
         others = [asyncio.create_task(self._keep_http(number)) for number in range(1, len(self._doors))]
         here = asyncio.create_task(serve_http(context, self._doors[0], self._stop))
@@ -248,7 +254,7 @@ class _Run:
             await process.wait()
 
 
-def _address(config: ServerConfig, door: socket.socket) -> str:
+def address_of(config: ServerConfig, door: socket.socket) -> str:
     host, port = door.getsockname()[:2]
     return f"{'https' if config.ssl_keyfile else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
