@@ -173,6 +173,9 @@ class RunnerCopies:
             self.load_bytes_per_s = self._copies.measure()
             _log.info("blocks come back from the host at %.1f GB/s", self.load_bytes_per_s / 1e9)
 
+    def close(self) -> None:
+        """Let go of what others wait for."""
+
     def copy(self, saves: Sequence[tuple[int, int]], loads: Sequence[Load]) -> None:
         assert self._copies is not None, "no host tier"
         self._copies.begin(saves, loads)

@@ -59,6 +59,10 @@ class CapturedSteps:
         self.of_prompts.capture("short prompts", progress)
         self.of_both.capture("decodes beside short prompts", progress)
 
+    def release(self) -> None:
+        for graphs in (self.of_decodes, self.of_prompts, self.of_both):
+            graphs.release()
+
     # ------------------------------------------------------------------ decodes
     def decodes(self, num_rows: int) -> Tensor:
         """Of the sequences whose slots stand in the state's first rows."""

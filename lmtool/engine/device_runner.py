@@ -87,6 +87,9 @@ class DeviceRunner(RunnerCopies):
         for join in batch.joins:
             self._extras.join(join)
 
+    def close(self) -> None:
+        self._steps.release()
+
     # ------------------------------------------------------------------ decodes only
     def _decode(self, batch: Batch) -> Pending:
         slots = batch.decodes

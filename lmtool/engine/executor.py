@@ -27,12 +27,11 @@ class Runner(Protocol):
     def copy(self, saves: Sequence[tuple[int, int]], loads: Sequence[Load]) -> None: ...
     def copied(self, *, wait: bool) -> CopiesDone: ...
     def launch(self, batch: Batch) -> Pending: ...
+    def close(self) -> None: ...
 
 
 class Executor(Runner, Protocol):
     """All ranks."""
-
-    def close(self) -> None: ...
 
 
 class LocalExecutor:
@@ -58,7 +57,9 @@ class LocalExecutor:
         return self._runner.launch(batch)
 
     def close(self) -> None:
-        """Let go of weights and cache."""
+        """Let go of weights and cache. May be called twice."""
+        if self._runner is not None:
+            self._runner.close()
         self._runner = None
 
 

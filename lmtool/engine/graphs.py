@@ -64,6 +64,12 @@ class Graphs:
                 if progress is not None:
                     progress(f"capturing {what}", i + 1, len(sizes))
 
+    def release(self) -> None:
+        """Let go of the graphs: a communicator waits for those that hold it."""
+        for graph, _ in self._captured.values():
+            graph.reset()
+        self._captured.clear()
+
     def size_of(self, *counts: int) -> tuple[int, ...]:
         """What a step of so many rows is padded to."""
         return tuple(one[bisect_left(one, count)] for one, count in zip(self._sizes, counts, strict=True))

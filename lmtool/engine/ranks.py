@@ -168,8 +168,9 @@ class Ranks:
                 return
             self._lost = reason
             self._changed.notify_all()
-        with contextlib.suppress(Exception):  # a kernel that waits for the rank would wait for ever
-            torch.distributed.distributed_c10d._abort_process_group()
+        # a kernel that waits for the rank would wait for ever. It is told at once; this may return only when nothing
+        # holds the group any more
+        threading.Thread(target=_leave_group, name="lmtool-leave", daemon=True).start()
 
     def check(self) -> None:
         """Raises what ended a rank: RanksLost, or what it refused to start for."""
@@ -233,6 +234,13 @@ class Ranks:
         for frames in self._frames:
             frames.connection.close()
         if torch.distributed.is_initialized():
-            with contextlib.suppress(Exception):  # the others are gone: there is nobody to say goodbye to
-                torch.distributed.distributed_c10d._abort_process_group()
+            leaving = threading.Thread(target=_leave_group, name="lmtool-leave", daemon=True)
+            leaving.start()
+            leaving.join(_END_S)
         self._folder.cleanup()
+
+
+def _leave_group() -> None:
+    """The others are gone: there is nobody to say goodbye to."""
+    with contextlib.suppress(Exception):
+        torch.distributed.distributed_c10d._abort_process_group()
