@@ -1,0 +1,103 @@
+"""The replicas of all models as the front sees them: who is ready, what each has been given, whom to give what.
+
+Reads the directory, asks `routing`, and tells requests whose replica is gone. One event loop. Knows no HTTP and no Ray.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+
+from lmtool.cluster.directory import FailedStart, Listing, Record
+from lmtool.cluster.routing import Prompt, Router, Ticket
+
+_log = logging.getLogger(__name__)
+_LOOK_S = 0.5
+_SUSPECT_S = 1.5  # that a replica is left alone after it failed somebody: the directory knows better by then
+
+
+class Fleet:
+    """models: their names. look: reads the directory."""
+
+    def __init__(self, models: Sequence[str], look: Callable[[], Awaitable[Listing]]) -> None:
+        self.models = tuple(models)
+        self.failed: dict[str, FailedStart] = {}
+        self.num_open = 0
+        self._look = look
+        self._records: dict[str, Record] = {}
+        self._routers = {model: Router() for model in models}
+        self._suspect_until_s: dict[str, float] = {}
+        self._open: dict[str, set[asyncio.Timeout]] = {}
+
+    # ------------------------------------------------------------------ who there is
+    async def keep_looking(self) -> None:
+        """Until cancelled. While nobody answers, what was known last is what is known."""
+        while True:
+            try:
+                self.take_listing(await self._look())
+            except Exception as error:  # whatever Ray says: its requests do not come through Ray, so they go on
+                _log.warning("the directory of replicas does not answer: %s", error)
+            await asyncio.sleep(_LOOK_S)
+
+    def take_listing(self, listing: Listing) -> None:
+        records = {record.name: record for record in listing.replicas if record.model in self._routers}
+        for name, record in records.items():
+            before = self._records.get(name)
+            if before is not None and before.num_starts != record.num_starts:
+                self._routers[record.model].forget_cache(name)
+        self._records = records
+        for model, router in self._routers.items():
+            router.set_replicas({one.name: one.cache_tokens for one in records.values() if one.model == model})
+        self.failed = {failed.model: failed for failed in listing.failed}
+        for name in self._open.keys() - records.keys():
+            _let_go(self._open[name])
+
+    def suspect(self, name: str) -> None:
+        """It failed somebody: others are asked first, until the directory has had time to say how it is."""
+        self._suspect_until_s[name] = time.monotonic() + _SUSPECT_S
+
+    def let_all_go(self) -> None:
+        """Whoever still waits for an answer does not get it."""
+        for scopes in self._open.values():
+            _let_go(scopes)
+
+    def replicas(self, model: str) -> list[Record]:
+        return sorted((one for one in self._records.values() if one.model == model), key=lambda one: one.name)
+
+    def ready(self, model: str) -> list[Record]:
+        now_s = time.monotonic()
+        return [
+            one for one in self.replicas(model) if one.is_ready and self._suspect_until_s.get(one.name, 0.0) <= now_s
+        ]
+
+    def router(self, model: str) -> Router:
+        return self._routers[model]
+
+    # ------------------------------------------------------------------ requests
+    def take(self, model: str, prompt: Prompt, num_new_tokens: int, tried: Collection[str]) -> Ticket | None:
+        """A place for a request, at none of those that were tried; None where there is none."""
+        names = [one.name for one in self.ready(model) if one.name not in tried]
+        return self._routers[model].take(prompt, num_new_tokens, names)
+
+    @contextlib.asynccontextmanager
+    async def at(self, model: str, ticket: Ticket) -> AsyncIterator[Record]:
+        """While the request is there. Raises TimeoutError inside the block when the replica is gone."""
+        record = self._records[ticket.name]
+        scopes = self._open.setdefault(ticket.name, set())
+        self.num_open += 1
+        try:
+            async with asyncio.timeout(None) as scope:
+                scopes.add(scope)
+                yield record
+        finally:
+            self.num_open -= 1
+            scopes.discard(scope)
+            if not scopes:
+                self._open.pop(ticket.name, None)
+            self._routers[model].end(ticket)
+
+
+def _let_go(scopes: Collection[asyncio.Timeout]) -> None:
+    for scope in list(scopes):
+        scope.reschedule(asyncio.get_running_loop().time())

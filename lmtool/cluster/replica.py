@@ -1,0 +1,176 @@
+"""A replica: an actor of Ray Serve's that starts an api_server of its own and keeps saying how it is.
+
+Its requests do not come through Ray: the front sends them to the api_server, over HTTP, with a key that only those who
+may read the directory know. So a token costs what it costs without a cluster, and the bytes of an answer are unchanged.
+What Ray does is place it, look after it, and put another in its place. Knows no route but those that say how it is.
+"""
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from dataclasses import replace
+from typing import Any
+
+import aiohttp
+import msgspec
+import ray
+from ray import serve
+
+from lmtool.child import module_command, module_environment
+from lmtool.cluster.directory import FailedStart, Record, directory
+from lmtool.cluster.replica_process import ReplicaOrders, ReplicaSays
+from lmtool.errors import EngineError, LmtoolError
+
+_log = logging.getLogger(__name__)
+BEAT_S = 0.5
+_ANSWER_S = 5.0  # for how it is; it answers between two tokens
+_AWAY_S = 120.0  # that its engine may be away before Ray is told: starting it again is the api_server's own affair
+END_S = 15.0  # that it may take to end, beside what answers may take
+
+
+class Replica:
+    """orders: `ReplicaOrders` as JSON, without a key. loopback: the front is on this machine, nobody else may come."""
+
+    async def __init__(self, model: str, orders: bytes, *, loopback: bool) -> None:  # type: ignore[misc]
+        # Ray Serve awaits it
+        self._model = model
+        self._key = secrets.token_urlsafe(32)
+        self._directory = directory()
+        self._record: Record | None = None
+        self._ready_s = time.monotonic()  # when it last was, or began
+        host = "127.0.0.1" if loopback else ray.util.get_node_ip_address()
+        given = msgspec.json.decode(orders, type=ReplicaOrders)
+        config = replace(given.config, host=host, port=0, api_keys=(self._key,), disable_docs=True)
+        self._end_s = given.config.drain_timeout_s + END_S
+        self._http = aiohttp.ClientSession(
+            headers={"Authorization": f"Bearer {self._key}"}, timeout=aiohttp.ClientTimeout(_ANSWER_S)
+        )
+        try:
+            await self._start(msgspec.json.encode(msgspec.structs.replace(given, config=config)))
+        except LmtoolError as error:
+            failed = FailedStart(model, type(error).__name__, error.cause, error.fix)
+            await self._directory.fail.remote(failed)
+            await self._end()
+            raise RuntimeError(str(error)) from None  # Ray tries again: what it was may have passed
+        self._beating = asyncio.create_task(self._keep_beating())
+
+    async def _start(self, orders: bytes) -> None:
+        """Until its engine is ready. Raises what keeps it from that."""
+        self._process = await asyncio.create_subprocess_exec(
+            *module_command("lmtool.cluster.replica_process"),
+            env=module_environment(),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is the front's
+        )
+        assert self._process.stdin is not None
+        self._process.stdin.write(orders + b"\n")
+        url = (await self._said()).url
+        assert url is not None
+        name = serve.get_replica_context().replica_id.unique_id
+        self._record = Record(name, self._model, url, self._key)
+        last_words = asyncio.create_task(self._said())
+        try:
+            while not self._record.is_ready:
+                await self._beat()
+                done, _ = await asyncio.wait((last_words,), timeout=BEAT_S)
+                if done:
+                    await last_words  # raises: whatever it says after its address is why it ends
+        finally:
+            last_words.cancel()
+
+    async def _said(self) -> ReplicaSays:
+        """Its next line. Raises what it says is wrong, or that it ended."""
+        assert self._process.stdout is not None
+        line = await self._process.stdout.readline()
+        if not line:
+            code = await self._process.wait()
+            raise EngineError(f"a replica of {self._model} ended with code {code}", "see Ray's logs of it")
+        said = msgspec.json.decode(line, type=ReplicaSays)
+        if said.failure is not None:
+            raise said.failure.error()
+        return said
+
+    # ------------------------------------------------------------------ how it is
+    async def _keep_beating(self) -> None:
+        while self._process.returncode is None:
+            try:
+                await self._beat()
+            except ray.exceptions.RayError as error:  # the directory is made again where it is gone
+                _log.warning("the directory does not answer: %s", error)
+                with contextlib.suppress(ray.exceptions.RayError, ValueError):
+                    self._directory = directory()
+            await asyncio.sleep(BEAT_S)
+
+    async def _beat(self) -> None:
+        record = self._record
+        assert record is not None
+        is_ready = await self._is_ready()
+        if is_ready and not record.is_ready:
+            record = await self._introduced(record)
+        elif not is_ready:
+            record = replace(record, is_ready=False)
+        if record.is_ready:
+            self._ready_s = time.monotonic()
+        self._record = record
+        await self._directory.put.remote(record)
+
+    async def _is_ready(self) -> bool:
+        try:
+            async with self._http.get(f"{self._url}/ready") as answer:
+                return answer.status == 200
+        except (aiohttp.ClientError, TimeoutError):
+            return False
+
+    async def _introduced(self, record: Record) -> Record:
+        """With what its engine says of itself; not ready where that fails."""
+        try:
+            stats, models = await self._read("/stats"), await self._read("/v1/models")
+        except (aiohttp.ClientError, TimeoutError):
+            return record
+        cache_tokens = (stats["num_blocks"] - 1) * stats["block_size"]  # block 0 belongs to nobody
+        card = models["data"][0]
+        return replace(record, is_ready=True, num_starts=record.num_starts + 1, cache_tokens=cache_tokens, card=card)
+
+    async def _read(self, path: str) -> dict[str, Any]:
+        async with self._http.get(self._url + path, raise_for_status=True) as answer:
+            found: dict[str, Any] = await answer.json()
+            return found
+
+    @property
+    def _url(self) -> str:
+        assert self._record is not None
+        return self._record.url
+
+    # ------------------------------------------------------------------ what Ray Serve asks
+    async def check_health(self) -> None:
+        """Raises where Ray is to put another in its place."""
+        if self._process.returncode is not None:
+            raise RuntimeError(f"the api_server ended with code {self._process.returncode}")
+        async with self._http.get(f"{self._url}/health") as answer:  # its own word: when the engine was last heard of
+            found = await answer.json()
+        if found["status"] == "silent":
+            raise RuntimeError(found["message"])
+        if found["status"] == "down" and time.monotonic() - self._ready_s > _AWAY_S:
+            raise RuntimeError(f"the engine is away for more than {_AWAY_S:.0f} s: {found.get('message')}")
+
+    async def __del__(self) -> None:
+        """Ray Serve awaits this, and kills the actor where it takes longer than `END_S` and the answers' time."""
+        if self._record is None:
+            return
+        await self._end()
+        self._beating.cancel()  # till now: answers that are under way are its own, and not lost
+        with contextlib.suppress(ray.exceptions.RayError):
+            await self._directory.drop.remote(self._record.name)
+
+    async def _end(self) -> None:
+        if self._process.returncode is None:
+            self._process.terminate()
+            try:
+                async with asyncio.timeout(self._end_s):
+                    await self._process.wait()
+            except TimeoutError:
+                self._process.kill()
+        await self._http.close()
