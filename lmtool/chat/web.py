@@ -11,6 +11,9 @@ from typing import Any
 
 import gradio as gr
 from gradio.utils import get_upload_folder
+from starlette.datastructures import MutableHeaders
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lmtool.chat.backend import Backend
 from lmtool.chat.pictures import Picture
@@ -22,6 +25,8 @@ from lmtool.images.load import MOST_BYTES, file_bytes
 _REFRESH_S = 0.05
 _NUM_PARTS = 7  # of the page, that `Page._page` fills
 _KEEP_S = (600, 3600)  # how often uploaded files are looked for, and how old they get
+_DROPPED = "stopped; nothing is kept"
+_POLICY = "img-src 'self' data: blob:; media-src 'self' data: blob:; object-src 'none'"
 _CSS = "footer {display: none !important}"
 
 
@@ -123,7 +128,7 @@ class Page:
                     drawn_s = time.monotonic()
                     yield self._page(book, "…", asked + answer_shown(answer, inside=turn.inside), busy=True)
             kept = turn.keep()
-            status = turn.summary() if kept else "stopped; nothing is kept"
+            status = turn.summary() if kept else _DROPPED
             draft = None if kept else self._draft(text, files)
         except LmtoolError as error:
             status, draft = " ".join(f"error: {error}".split()), self._draft(text, files)
@@ -152,16 +157,16 @@ class Page:
     def _clear(self, book: Book, system: str, request: gr.Request) -> list[Any]:
         """An answer that is under way goes with the rest."""
         turn = self._answering.get(request.session_hash)
-        if turn is not None:
-            turn.drop()
-        return self._turn_to(book, system, book.session.clear)
+        if turn is None:
+            return self._turn_to(book, system, book.session.clear)
+        turn.drop()
+        return self._turn_to(book, system, book.session.clear, _DROPPED)  # whichever of the two says it last
 
-    def _turn_to(self, book: Book, system: str, go: Any) -> list[Any]:
+    def _turn_to(self, book: Book, system: str, go: Any, status: str = "") -> list[Any]:
         """Another conversation; the one that is left keeps what its system prompt was made."""
         book.session.system = system.strip() or None
         try:
             go()
-            status = ""
         except LmtoolError as error:
             status = f"error: {error}"
         return [*self._page(book, status), book.session.system or ""]
@@ -207,6 +212,22 @@ def _uploaded(file: str) -> Picture:
     return Picture.of(path.name, file_bytes(path))
 
 
+class _OwnPicturesOnly:
+    """A model's answer may name pictures elsewhere, and a browser that fetched them would tell what is in their names:
+    of the conversation, where something that the model was shown has asked for that."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_policy(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["Content-Security-Policy"] = _POLICY
+            await send(message)
+
+        await self._app(scope, receive, send_with_policy if scope["type"] == "http" else send)
+
+
 def launch(page: Page, name: str, port: int) -> str:
     """Serve it on threads of its own; its address."""
     _, url, _ = page.blocks.launch(
@@ -221,6 +242,7 @@ def launch(page: Page, name: str, port: int) -> str:
         footer_links=[],
         max_file_size=MOST_BYTES if page.takes_pictures else 1024,  # else there is nothing to upload
         mcp_server=False,
+        app_kwargs={"middleware": [Middleware(_OwnPicturesOnly)]},
         enable_monitoring=False,
     )
     return str(url)

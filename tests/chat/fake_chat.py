@@ -44,6 +44,7 @@ ANSWERS = {
     "markdown": MARKDOWN,
     "evil": "\x1b]0;owned\x07\x1b[2J\x1b[31mred <http://x.org/%1b%5b2J> done",
     "think": "<think>\nfirst this, then that\n</think>\n\nthe answer is 42",
+    "elsewhere": "![look](http://pictures.example.org/?said=secret) that was it",
     "poem": "roses are red\nviolets are blue",
     "tall": "```text\n" + "".join(f"line {i}\n" for i in range(60)) + "```\n",
 }

@@ -185,7 +185,7 @@ def test_a_person_chats_in_a_browser() -> None:
         wait_for_status(page, "stopped; what there is is kept")
         # cleared is cleared, also while an answer comes
         ask(page, "endless")
-        wait_for(page, "#chat", "word9 ")
+        page.wait_for_function("document.querySelector('#chat').innerText.split('word9 ').length > 2")  # the second
         page.locator("#chat [aria-label=Clear]").click()
         wait_for_status(page, "nothing is kept")
         page.wait_for_function("!document.querySelector('#chat').innerText.includes('word9')")
@@ -193,6 +193,19 @@ def test_a_person_chats_in_a_browser() -> None:
         ask(page, "broken")
         wait_for_status(page, "error: the engine stopped; start again")
         page.wait_for_function("document.querySelector('#question textarea').value == 'broken'")
+
+
+@in_a_browser
+def test_a_models_answer_fetches_nothing() -> None:
+    """What the page wants from elsewhere fails in `page_of`."""
+    with page_of("-m", "tests.chat.fake_web") as page:
+        refused: list[str] = []
+        page.on("console", lambda message: refused.append(message.text))
+        ask(page, "elsewhere")
+        wait_for(page, "#chat", "that was it")
+        page.locator("#chat img[alt=look]").wait_for(state="attached")
+        page.wait_for_function("document.querySelector('#chat img[alt=look]').complete")
+        assert any("pictures.example.org" in text and "Content Security Policy" in text for text in refused), refused
 
 
 @in_a_browser
