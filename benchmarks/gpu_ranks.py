@@ -4,6 +4,7 @@ python -m benchmarks.gpu_ranks [--tp 2] [--shape llama3-8b] [--w-group-size 128]
 """
 
 import argparse
+import gc
 import os
 import statistics
 import subprocess
@@ -17,7 +18,7 @@ import torch
 import torch.distributed
 
 from lmtool.bench import workloads
-from lmtool.bench.offline import drive, greedy_requests
+from lmtool.bench.offline import drive, free, greedy_requests
 from lmtool.bench.shapes import find_shape
 from lmtool.config import EngineConfig
 from lmtool.engine.ranks import join_group
@@ -119,7 +120,8 @@ def engine_runs(given: argparse.Namespace, tp: int) -> dict[str, float]:
             began = time.perf_counter()
             drive(loaded.core, requests)
             found[f"{given.mix} req/s"] = len(sizes) / (time.perf_counter() - began)
-    loaded.core.close()
+    gc.collect()
+    free(loaded)
     print(f"  tp {tp}:", {name: round(value, 2) for name, value in found.items()}, flush=True)
     return found
 
