@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any
@@ -174,15 +175,18 @@ def _show(backend: "Backend", defaults: "GenerationConfig", users: int, name: st
     if name not in LOOPBACK:
         _say(f"warning: whoever reaches {name} may use this page, and what is behind it; 127.0.0.1 is for you alone")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    from lmtool.chat.web import Page, launch
+    # of uploaded pictures; gradio's own is the same for everybody on the machine, and open to all
+    with tempfile.TemporaryDirectory(prefix="lmtool-", ignore_cleanup_errors=True) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        from lmtool.chat.web import Page, launch
 
-    page = Page(backend, defaults, users=users)
-    _say(f"the page is at {launch(page, name, port)}")
-    over = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: over.set())
-    with contextlib.suppress(KeyboardInterrupt):
-        over.wait()
-    page.blocks.close(verbose=False)
+        page = Page(backend, defaults, users=users)
+        _say(f"the page is at {launch(page, name, port)}")
+        over = threading.Event()
+        signal.signal(signal.SIGTERM, lambda *_: over.set())
+        with contextlib.suppress(KeyboardInterrupt):
+            over.wait()
+        page.blocks.close(verbose=False)
 
 
 def _say(line: str) -> None:

@@ -112,6 +112,8 @@ def test_no_other_file_of_the_machine_is_read(server: Serving, tmp_path: Path) -
                 assert http.get(f"/gradio_api/file={path}").status_code in (403, 404), path
             files = {"files": ("cat.png", picture(60, 40))}
             (uploaded,) = http.post("/gradio_api/upload", files=files).json()
+        folder = Path(uploaded).parents[1]
+        assert (folder.name.startswith("lmtool-"), folder.stat().st_mode & 0o077) == (True, 0)  # nobody else's
         meta = {"meta": {"_type": "gradio.FileData"}}
         assert "8 generated" in _sent(page, {"text": "What is this?", "files": [{"path": uploaded, **meta}]})
         for path in (f"{tmp_path}/secret.png", "/etc/passwd", "../secret.png"):
@@ -119,6 +121,7 @@ def test_no_other_file_of_the_machine_is_read(server: Serving, tmp_path: Path) -
                 said = _sent(page, {"text": "What is this?", "files": [{"path": path, **more}]})
                 assert "generated" not in said, said
                 assert "process_completed" in said
+    assert not folder.exists()
 
 
 def _sent(page: Any, question: dict[str, Any]) -> str:

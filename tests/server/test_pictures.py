@@ -16,10 +16,12 @@ import pytest
 from lmtool import GenerationConfig, pipeline
 from lmtool.config import EngineConfig
 from lmtool.engine.pipeline import Pipeline
+from lmtool.errors import ConfigError
 from lmtool.images.form import read_image_form
 from lmtool.images.load import decode_image
 from lmtool.images.prepared import PreparedImage
 from lmtool.server.chat_prompt import plain_messages
+from lmtool.server.config import ServerConfig
 from lmtool.server.picture_cache import PictureCache
 from lmtool.server.protocol_chat import Message
 from lmtool.server.tools_messages import conversation
@@ -328,6 +330,12 @@ def test_bounds(seeing):
     many = [part(data_url(picture(84, 28, seed=i))) for i in range(16)]
     long = refused(seeing, [*many, {"type": "text", "text": "word " * 400}], "messages")
     assert "of them of 16 pictures, the context holds 1024" in long
+
+
+@pytest.mark.parametrize("host", ["http://example.org", "example.org/pictures", "*", "", "a b", "example.org:port"])
+def test_what_is_no_host(host):
+    with pytest.raises(ConfigError, match="--allowed-image-hosts is"):
+        ServerConfig(allowed_image_hosts=("example.org:8000", host))
 
 
 def test_a_server_that_takes_fewer(seeing):
