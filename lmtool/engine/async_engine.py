@@ -24,6 +24,7 @@ class AsyncEngine:
         self._callbacks: dict[int, Callback] = {}
         self._closing = False
         self._broken: LmtoolError | None = None
+        self.over = threading.Event()  # closed, or broken: nothing is answered any more
         self._thread = threading.Thread(target=self._loop, name="lmtool-engine", daemon=True)
         self._thread.start()
 
@@ -122,3 +123,4 @@ class AsyncEngine:
             callback([TokenOutput(request_id, None, "error", error=EngineError(reason.cause, reason.fix))])
         self._callbacks.clear()
         self._core.close()
+        self.over.set()

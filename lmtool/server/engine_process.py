@@ -49,10 +49,19 @@ def main() -> int:
     engine = AsyncEngine(loaded.core)
     serving.set()
     server.serve(engine, _info(orders.name, loaded))
+    threading.Thread(target=_notice, args=(engine, over), daemon=True).start()
     over.wait()
+    broken = engine.over.is_set()
     server.close()
+    if broken:  # another one is started; what is on the device may wait for a rank that is gone
+        os._exit(1)
     engine.close()
     return 0
+
+
+def _notice(engine: AsyncEngine, over: threading.Event) -> None:
+    engine.over.wait()
+    over.set()
 
 
 def _vocabulary(orders: EngineOrders, loaded: LoadedEngine) -> GrammarVocabulary:
