@@ -33,7 +33,7 @@ def reduce_times(rank: int, size: int, store: Path) -> None:
     """Each rank calls this; the first one prints."""
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
-    group = join_group(None, store, rank, size, device)
+    group = join_group(store, rank, size, device)
     for num_bytes in SIZES:
         values = torch.ones(num_bytes // 2, dtype=torch.float16, device=device)
         found = {"nccl": captured_us(lambda values=values: group.all_reduce_(values))}

@@ -1,11 +1,13 @@
 """Where a batch is run. Today: in this process. Knows no scheduling."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from lmtool.engine.batch import Batch, CopiesDone, Load, StepOutput
-from lmtool.engine.ranks import Ranks
 from lmtool.errors import RanksLost
+
+if TYPE_CHECKING:  # it brings torch, which HTTP processes do without
+    from lmtool.engine.ranks import Ranks
 
 
 class Pending(Protocol):
@@ -66,7 +68,7 @@ class LocalExecutor:
 class RankExecutor(LocalExecutor):
     """The first rank in the calling thread, the others told before it launches anything."""
 
-    def __init__(self, runner: Runner, ranks: Ranks) -> None:
+    def __init__(self, runner: Runner, ranks: "Ranks") -> None:
         super().__init__(runner)
         self._ranks = ranks
 
@@ -90,7 +92,7 @@ class RankExecutor(LocalExecutor):
 
 
 class _OfAll:
-    def __init__(self, pending: Pending, ranks: Ranks) -> None:
+    def __init__(self, pending: Pending, ranks: "Ranks") -> None:
         self._pending, self._ranks = pending, ranks
 
     def read(self) -> StepOutput:

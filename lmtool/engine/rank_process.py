@@ -55,7 +55,7 @@ def _load(orders: RankOrders) -> Runner:
     device = torch.device(orders.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    group = join_group(orders, Path(orders.store), orders.rank, orders.size, device)
+    group = join_group(Path(orders.store), orders.rank, orders.size, device)
     config = EngineConfig(**orders.engine)
     model = msgspec.convert(orders.shape, ModelConfig) if orders.shape is not None else None
     return load_rank(

@@ -36,7 +36,7 @@ _TIMEOUT = timedelta(minutes=10)  # of what ranks wait for each other in, loadin
 _END_S = 5.0
 
 
-def join_group(orders: RankOrders | None, store: Path, rank: int, size: int, device: torch.device) -> TorchGroup:
+def join_group(store: Path, rank: int, size: int, device: torch.device) -> TorchGroup:
     """Be one of the ranks that meet at ``store``."""
     on_gpu = device.type == "cuda"
     hook = sys.excepthook
@@ -96,7 +96,7 @@ class Ranks:
         try:
             for rank in range(1, self.size):
                 self._start(rank, store, config, device, path, shape, group_size)
-            self.group = join_group(None, store, 0, self.size, device)
+            self.group = join_group(store, 0, self.size, device)
         except BaseException:
             self.close()
             raise

@@ -18,8 +18,9 @@ from lmtool.engine.batch import Batch, Chunk, CopiesDone, Join, Mask, StepOutput
 from lmtool.engine.block_manager import BlockManager
 from lmtool.engine.counters import Counters
 from lmtool.engine.flight import Flight, Part
+from lmtool.engine.image_budget import tiles_to_encode, tokens_within
 from lmtool.engine.loads import Loads
-from lmtool.engine.sequence import ImageRows, Sequence
+from lmtool.engine.sequence import Sequence
 from lmtool.engine.swap_cost import SwapCost
 
 
@@ -119,7 +120,7 @@ class Scheduler:
         start = sequence.num_computed_tokens
         count = min(sequence.num_uncomputed_tokens, budget)
         if sequence.request.images:
-            count = self._with_images(sequence, start, count, flight)
+            count = tokens_within(sequence, start, count, flight.num_tiles, self.max_image_tiles)
         while not self._grow(sequence, start + count, flight.batch):
             if self._reclaim():
                 continue
@@ -136,7 +137,7 @@ class Scheduler:
         enough pictures are encoded already."""
         match = self.loads.find(sequence)
         count = min(sequence.num_tokens - match.num_tokens, budget)
-        count = self._with_images(sequence, match.num_tokens, count, flight, joined=True)
+        count = tokens_within(sequence, match.num_tokens, count, flight.num_tiles, self.max_image_tiles, joined=True)
         if not count:
             self.loads.put_back(sequence, match)
             return None
@@ -156,21 +157,6 @@ class Scheduler:
             self.blocks.drop_part(match)
         self._enter(sequence, count, flight, joined=True)
         return count
-
-    def _with_images(self, sequence: Sequence, start: int, count: int, flight: Flight, *, joined: bool = False) -> int:
-        """How many of ``count`` tokens from ``start`` on it may compute: up to a picture that is too much for now."""
-        num_tiles = flight.num_tiles
-        for rows in sequence.image_rows(start, start + count):
-            more = self._tiles_to_encode(rows, joined=joined)
-            num_tiles += more
-            if more and num_tiles > max(self.max_image_tiles, more):
-                return rows.at
-        return count
-
-    @staticmethod
-    def _tiles_to_encode(rows: ImageRows, *, joined: bool) -> int:
-        """The step before has left a picture that it was in the midst of."""
-        return rows.image.num_tiles if joined or not rows.first else 0
 
     def _join(self, sequence: Sequence, batch: Batch) -> None:
         sequence.slot = self._free_slots.pop()
@@ -222,7 +208,7 @@ class Scheduler:
         else:
             token_ids = sequence.token_ids[start:end].tolist()
             images = sequence.image_rows(start, end)
-            flight.num_tiles += sum(self._tiles_to_encode(rows, joined=joined) for rows in images)
+            flight.num_tiles += tiles_to_encode(images, joined=joined)
             batch.chunks.append(Chunk(sequence.slot, start, token_ids, samples, sequence.scored(start, end), images))
             flight.chunks.append(part)
         sequence.num_computed_tokens = end
