@@ -14,7 +14,8 @@ LIVE_S = 20.0  # who was silent for as long is gone, or its machine cannot be re
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """How a replica is. name: of this life of it. num_starts: of its engine; each begins with an empty cache.
+    """How a replica is. name: of this life of it. beat: counts what it says. num_starts: of its engine; each begins
+    with an empty cache.
 
     card: what /v1/models says of the model. cache_tokens: that its cache holds. Both as its engine said when it became
     ready.
@@ -24,6 +25,7 @@ class Record:
     model: str
     url: str
     key: str = field(repr=False)
+    beat: int = 0
     is_ready: bool = False
     num_starts: int = 0
     cache_tokens: int = 0
@@ -65,6 +67,10 @@ class Directory:
 
     def fail(self, failed: FailedStart) -> None:
         self._failed[failed.model] = failed
+
+    def forget_failures(self, models: tuple[str, ...]) -> None:
+        for model in models:
+            self._failed.pop(model, None)
 
     def listing(self) -> Listing:
         oldest_s = time.monotonic() - LIVE_S

@@ -6,7 +6,6 @@ Reads the directory, asks `routing`, and tells requests whose replica is gone. O
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 
 from lmtool.cluster.directory import FailedStart, Listing, Record
@@ -14,7 +13,7 @@ from lmtool.cluster.routing import Prompt, Router, Ticket
 
 _log = logging.getLogger(__name__)
 _LOOK_S = 0.5
-_SUSPECT_S = 1.5  # that a replica is left alone after it failed somebody: the directory knows better by then
+_BEATS = 2  # the first one after a failure may have begun before it
 
 
 class Fleet:
@@ -27,7 +26,7 @@ class Fleet:
         self._look = look
         self._records: dict[str, Record] = {}
         self._routers = {model: Router() for model in models}
-        self._suspect_until_s: dict[str, float] = {}
+        self._suspects: dict[str, int] = {}  # the beat at which each failed somebody
         self._open: dict[str, set[asyncio.Timeout]] = {}
 
     # ------------------------------------------------------------------ who there is
@@ -45,17 +44,25 @@ class Fleet:
         for name, record in records.items():
             before = self._records.get(name)
             if before is not None and before.num_starts != record.num_starts:
+                _log.warning("the engine of replica %s of %s was started again", name, record.model)
                 self._routers[record.model].forget_cache(name)
+        for name in self._records.keys() - records.keys():
+            _log.warning("replica %s of %s is gone", name, self._records[name].model)
         self._records = records
+        well = {
+            name for name, beat in self._suspects.items() if name not in records or records[name].beat >= beat + _BEATS
+        }
+        self._suspects = {name: beat for name, beat in self._suspects.items() if name not in well}
         for model, router in self._routers.items():
             router.set_replicas({one.name: one.cache_tokens for one in records.values() if one.model == model})
-        self.failed = {failed.model: failed for failed in listing.failed}
+        self.failed = {failed.model: failed for failed in listing.failed if failed.model in self._routers}
         for name in self._open.keys() - records.keys():
             _let_go(self._open[name])
 
     def suspect(self, name: str) -> None:
-        """It failed somebody: others are asked first, until the directory has had time to say how it is."""
-        self._suspect_until_s[name] = time.monotonic() + _SUSPECT_S
+        """It failed somebody: it is left alone until it has said again that it is well."""
+        if name in self._records:
+            self._suspects[name] = self._records[name].beat
 
     def let_all_go(self) -> None:
         """Whoever still waits for an answer does not get it."""
@@ -66,10 +73,7 @@ class Fleet:
         return sorted((one for one in self._records.values() if one.model == model), key=lambda one: one.name)
 
     def ready(self, model: str) -> list[Record]:
-        now_s = time.monotonic()
-        return [
-            one for one in self.replicas(model) if one.is_ready and self._suspect_until_s.get(one.name, 0.0) <= now_s
-        ]
+        return [one for one in self.replicas(model) if one.is_ready and one.name not in self._suspects]
 
     def router(self, model: str) -> Router:
         return self._routers[model]

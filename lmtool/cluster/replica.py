@@ -105,8 +105,8 @@ class Replica:
             await asyncio.sleep(BEAT_S)
 
     async def _beat(self) -> None:
-        record = self._record
-        assert record is not None
+        assert self._record is not None
+        record = replace(self._record, beat=self._record.beat + 1)
         is_ready = await self._is_ready()
         if is_ready and not record.is_ready:
             record = await self._introduced(record)

@@ -9,11 +9,13 @@ import typer
 from lmtool.commands import options, serve_options
 from lmtool.commands.serve_client import api_client
 from lmtool.commands.serve_gradio import gradio
+from lmtool.commands.serve_proxy import proxy
 from lmtool.errors import InputError
 
 app = typer.Typer(no_args_is_help=True, help="Serve a model over HTTP, and talk to a server.")
 app.command("api-client")(api_client)
 app.command("gradio")(gradio)
+app.command("proxy")(proxy)
 
 _SERVER = "Server"
 _LIMITS = "Limits"

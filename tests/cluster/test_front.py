@@ -169,7 +169,10 @@ def test_another_is_asked_as_long_as_nothing_went_out(front, servers, said, stre
         assert (metric(front, "requests"), metric(front, "retries")) == (1, 1)
         again = client.post("/v1/completions", json={**ASK, "prompt": "something else"})
         assert again.status_code == 200
-        assert bad.num_asked == (2 if said == BUSY else 1)  # who failed is left alone for a moment; who is full is not
+        assert bad.num_asked == (2 if said == BUSY else 1)  # who failed is left alone; who is full is not
+        front.list(record("a", bad.url, beat=2), record("b", servers[1].url))
+        assert client.post("/v1/completions", json={**ASK, "prompt": "a third"}).status_code == 200
+        assert bad.num_asked == (3 if said == BUSY else 2)  # it has said since that it is well
 
 
 def test_a_replica_that_is_not_there_is_passed_over(front, servers):

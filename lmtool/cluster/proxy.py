@@ -1,0 +1,136 @@
+"""`lmtool serve proxy`: Ray, the models on it, and the front in this process, from the start to an orderly end."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+
+from lmtool.cluster.app import FrontContext, create_front
+from lmtool.cluster.directory import Listing
+from lmtool.cluster.fleet import Fleet
+from lmtool.cluster.forward import replica_session
+from lmtool.cluster.spec import ClusterSpec
+from lmtool.errors import BY_NAME, InputError, LmtoolError
+from lmtool.server.config import ServerConfig
+from lmtool.server.http_process import uvicorn_server
+from lmtool.server.supervisor import address_of, bind
+
+_POLL_S = 0.05
+_LAST_WORDS_S = 1.0  # for errors of answers that are cut off to be written
+_INTERRUPTED = 130
+Say = Callable[[str], None]
+
+
+def serve_proxy(spec: ClusterSpec, config: ServerConfig, ray_address: str | None, say: Say) -> None:
+    """Until SIGINT or SIGTERM. ray_address: of a cluster; None: one of its own on this machine, for as long as this.
+
+    Raises what keeps it from serving: ConfigError, and of a model that cannot start what its engine says.
+    """
+    from lmtool.cluster.ray_cluster import joined
+
+    [door] = bind(config)
+    quietly = contextlib.redirect_stdout(sys.stderr)  # where Ray says what it notices
+    with door, quietly, joined(ray_address, say), _deployed(spec, loopback=ray_address is None, say=say):
+        import uvloop
+
+        uvloop.run(_Proxy(spec, config, door, say).main())
+
+
+@contextlib.contextmanager
+def _deployed(spec: ClusterSpec, *, loopback: bool, say: Say) -> Iterator[None]:
+    """The models, as long as the block lasts."""
+    import ray
+
+    from lmtool.cluster import deployment
+    from lmtool.cluster.directory import directory
+
+    ray.get(directory().forget_failures.remote(spec.names))  # of an earlier start
+    deployment.check_fit(spec, deployment.nodes())
+    num_replicas = sum(model.replicas for model in spec.models)
+    say(f"starting {num_replicas} replicas of {', '.join(spec.names)}")
+    try:
+        deployment.deploy(spec, loopback=loopback)
+        yield
+    finally:
+        deployment.withdraw(spec)
+
+
+class _Proxy:
+    """The front, from its start to its end."""
+
+    def __init__(self, spec: ClusterSpec, config: ServerConfig, door: socket.socket, say: Say) -> None:
+        from lmtool.cluster.directory import directory
+
+        self._config = config
+        self._door = door
+        self._say = say
+        self._directory = directory()
+        self._fleet = Fleet(spec.names, self._look)
+        self._stop = asyncio.Event()
+
+    async def _look(self) -> Listing:
+        listing: Listing = await self._directory.listing.remote()
+        return listing
+
+    async def main(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._end)
+        async with replica_session() as session:
+            context = FrontContext(self._config, self._fleet, session)
+            server = uvicorn_server(create_front(context), self._config)
+            tasks = [
+                asyncio.create_task(server.serve([self._door])),
+                asyncio.create_task(self._stop.wait()),
+                asyncio.create_task(self._fail_with_models()),
+            ]
+            looking = asyncio.create_task(self._fleet.keep_looking())
+            telling = asyncio.create_task(self._tell_when_ready())
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            telling.cancel()
+            await self._drain(context)
+            looking.cancel()
+            server.should_exit = True
+            await tasks[0]
+            for task in tasks[1:]:
+                task.cancel()
+            for task in done:
+                task.result()  # raises what a model says
+
+    def _end(self) -> None:
+        if self._stop.is_set():  # asked twice: at once; what is of its own ends with this process
+            os._exit(_INTERRUPTED)
+        self._stop.set()
+
+    async def _drain(self, context: FrontContext) -> None:
+        context.draining = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._config.drain_timeout_s):
+                while self._fleet.num_open:
+                    await asyncio.sleep(_POLL_S)
+        self._fleet.let_all_go()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_WORDS_S):
+                while self._fleet.num_open:
+                    await asyncio.sleep(_POLL_S)
+
+    async def _tell_when_ready(self) -> None:
+        for name in self._fleet.models:
+            while not self._fleet.ready(name):
+                await asyncio.sleep(_POLL_S)
+        self._say(f"{', '.join(self._fleet.models)} · serving on {address_of(self._config, self._door)}")
+
+    async def _fail_with_models(self) -> None:
+        """Raises what is wrong with what was given for a model, as its first replica says. What else keeps a replica
+        from starting may pass, and Ray tries again."""
+        started: set[str] = set()
+        while True:
+            await asyncio.sleep(_POLL_S)
+            started.update(name for name in self._fleet.models if self._fleet.ready(name))
+            for failed in self._fleet.failed.values():
+                kind = BY_NAME.get(failed.kind, LmtoolError)
+                if failed.model not in started and issubclass(kind, InputError):
+                    raise kind(f"{failed.model}: {failed.cause}", failed.fix)

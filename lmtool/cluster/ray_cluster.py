@@ -1,0 +1,49 @@
+"""Ray itself: one of our own on this machine, or a cluster that there is."""
+
+import contextlib
+import logging
+import os
+import secrets
+from collections.abc import Callable, Iterator
+
+from lmtool.cluster.directory import NAMESPACE
+from lmtool.errors import ConfigError
+
+_STORE_BYTES = 100 << 20  # nothing of ours goes through Ray's object store; this is about the least that it takes
+
+
+@contextlib.contextmanager
+def joined(address: str | None, say: Callable[[str], None]) -> Iterator[None]:
+    """While this process is one of the cluster's. address: 'auto' or HOST:PORT; None: a Ray of our own, which ends with
+    the block.
+
+    Our own asks for a token that nobody else on the machine has: Ray's ports run what they are sent. Raises ConfigError
+    for a cluster that cannot be joined.
+    """
+    if address is None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ["RAY_AUTH_MODE"] = "token"  # before Ray is imported; its processes inherit it
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    import ray
+    from ray import serve
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": NAMESPACE}
+    if address is None:
+        say("starting a Ray of its own")
+        own = {"include_dashboard": False, "object_store_memory": _STORE_BYTES, "_node_ip_address": "127.0.0.1"}
+        ray.init(**quiet, **own)
+    else:
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(
+                f"--ray-address {address} cannot be joined: {reason}",
+                "start Ray there (ray start --head) with the version and the token of this machine",
+            ) from error
+    try:
+        serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})  # the front is ours
+        yield
+    finally:
+        ray.shutdown()  # of our own all of it; of another Serve goes on, with what others have there

@@ -1,0 +1,295 @@
+"""`lmtool serve proxy` as users start it: a Ray of its own on the CPU, two tiny models with two replicas each."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+pytest.importorskip("ray", reason="pip install '.[cluster]'")
+
+from lmtool.cluster.deployment import Node, application_name, check_fit
+from lmtool.cluster.spec import ModelSpec, parse_models
+from lmtool.errors import ConfigError
+from tests.quant.models import tiny_folder
+from tests.server.process import LMTOOL, TIMEOUT_S, Process, until
+
+SMALL = "cpus=0.1,device=cpu,dtype=float32,cache-gb=0.05"
+PROMPT = {"prompt": "The lighthouse", "temperature": 0, "max_tokens": 60, "ignore_eos": True}
+KEY = {"Authorization": "Bearer secret"}
+
+
+class Proxy(Process):
+    def __init__(self, *flags: str) -> None:
+        super().__init__()
+        self._words = [LMTOOL, "serve", "proxy", "--port", "0", *flags]
+
+    def metric(self, name: str, model: str) -> int:
+        text = httpx.get(f"{self.url}/metrics", headers=KEY, timeout=TIMEOUT_S).text
+        found = re.search(rf'^lmtool:proxy_{name}{{model_name="{model}"}} (\S+)$', text, flags=re.MULTILINE)
+        assert found, text
+        return int(float(found[1]))
+
+    def is_whole(self) -> bool:
+        return all(self.metric(name, model) == 2 for name in ("replicas", "replicas_ready") for model in "ab")
+
+
+def processes(root: int) -> dict[int, str]:
+    """Command lines of all that a process and its children have started."""
+    table = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(None, 2) for line in table.splitlines()]
+    found, todo = {}, [root]
+    while todo:
+        parent = todo.pop()
+        for pid, ppid, words in rows:
+            if int(ppid) == parent:
+                found[int(pid)] = words
+                todo.append(int(pid))
+    return found
+
+
+@pytest.fixture(scope="module")
+def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    folder = tmp_path_factory.mktemp("models")
+    a, b = tiny_folder(folder / "a"), tiny_folder(folder / "b", "Qwen2ForCausalLM")
+    config = folder / "models.toml"
+    rows = [f'[[models]]\nmodel = "{path}"\nreplicas = 2\n' for path in (a, b)]
+    small = 'cpus = 0.1\ndevice = "cpu"\ndtype = "float32"\ncache-gb = 0.05\n'
+    config.write_text(small.join([*rows, ""]))
+    with Proxy("--config", str(config), "--api-keys", "secret") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(proxy: Proxy) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{proxy.url}/v1", api_key="secret", timeout=TIMEOUT_S, max_retries=0) as made:
+        yield made
+
+
+class Load:
+    """``with Load(proxy) as load``: six clients that ask both models in turn, most of them for streams."""
+
+    def __init__(self, proxy: Proxy) -> None:
+        self._proxy = proxy
+        self._over = threading.Event()
+        self.ends: Counter[tuple[str, str]] = Counter()
+
+    def __enter__(self) -> "Load":
+        self._pool = ThreadPoolExecutor(6)
+        self._waiting = [self._pool.submit(self._ask_on, number) for number in range(6)]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for waiting in self._waiting:
+            waiting.result(TIMEOUT_S)
+        self._pool.shutdown()
+
+    def _ask_on(self, number: int) -> None:
+        with httpx.Client(base_url=self._proxy.url, timeout=TIMEOUT_S, headers=KEY) as client:
+            while not self._over.is_set():
+                number += 1
+                model, body = "ab"[number % 2], {**PROMPT, "stream": number % 3 != 0}
+                answer = client.post("/v1/completions", json={**body, "model": model})
+                self.ends[model, _end_of(answer)] += 1
+
+    def num(self, model: str, end: str) -> int:
+        return self.ends[model, end]
+
+
+def _end_of(answer: httpx.Response) -> str:
+    """'whole', or what kind of error it is; fails for an answer that is neither."""
+    if answer.status_code == 200 and not answer.headers["content-type"].startswith("text/event-stream"):
+        assert answer.json()["usage"]["completion_tokens"] == PROMPT["max_tokens"]
+        return "whole"
+    if answer.status_code != 200:
+        return f"{answer.status_code} {answer.json()['error']['type']}"
+    events = [line.removeprefix("data: ") for line in answer.text.split("\n\n") if line]
+    if events[-1] != "[DONE]":
+        kind: str = json.loads(events[-1])["error"]["type"]
+        return f"broken: {kind}"
+    assert json.loads(events[-2])["choices"][0]["finish_reason"] == "length"
+    return "whole"
+
+
+# ---------------------------------------------------------------------- one proxy for all of these, in this order
+def test_both_models_answer(proxy: Proxy, client: openai.OpenAI) -> None:
+    assert [one.id for one in client.models.list()] == ["a", "b"]
+    texts = []
+    for model in "ab":
+        whole = client.completions.create(model=model, prompt="Hello", max_tokens=12, temperature=0)
+        streamed = client.completions.create(model=model, prompt="Hello", max_tokens=12, temperature=0, stream=True)
+        texts.append(whole.choices[0].text)
+        assert "".join(part.choices[0].text for part in streamed) == texts[-1]
+    assert texts[0] != texts[1]
+    chat = client.chat.completions.create(model="a", messages=[{"role": "user", "content": "Hi"}], max_tokens=3)
+    assert chat.choices[0].message.content
+    with pytest.raises(openai.NotFoundError, match="there is no model 'c'; here is a, b"):
+        client.completions.create(model="c", prompt="Hello")
+    with pytest.raises(openai.BadRequestError, match="temperature"):
+        client.completions.create(model="a", prompt="Hello", temperature=-1)
+    with pytest.raises(openai.AuthenticationError):
+        client.with_options(api_key="other").models.list()
+
+
+def test_replicas_are_alone_with_the_front(proxy: Proxy) -> None:
+    """They listen on this machine only, and want a key that is nowhere to be read."""
+    words = processes(proxy.process.pid)
+    [first, *_] = [pid for pid, line in words.items() if "lmtool.cluster.replica_process" in line]
+    inodes = {
+        found[1] for fd in Path(f"/proc/{first}/fd").iterdir() if (found := re.match(r"socket:\[(\d+)\]", _target(fd)))
+    }
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    [door] = [row[1] for row in rows if row[9] in inodes and row[3] == "0A"]
+    address, port = door.split(":")
+    assert address == "0100007F"  # 127.0.0.1
+    answer = httpx.get(f"http://127.0.0.1:{int(port, 16)}/v1/models", headers=KEY)
+    assert answer.status_code == 401
+
+
+def _target(path: Path) -> str:
+    try:
+        return str(path.readlink())
+    except OSError:
+        return ""
+
+
+def test_a_killed_engine_costs_only_what_was_streaming_there(proxy: Proxy) -> None:
+    def engines() -> set[int]:
+        words = processes(proxy.process.pid)
+        return {pid for pid, line in words.items() if "lmtool.server.engine_process" in line}
+
+    before = engines()
+    assert len(before) == 4
+    with Load(proxy) as load:
+        until(lambda: load.num("a", "whole") > 5 and load.num("b", "whole") > 5)
+        os.kill(min(before), signal.SIGKILL)
+        until(lambda: not proxy.is_whole())
+        seen = load.num("a", "whole"), load.num("b", "whole")
+        until(proxy.is_whole)
+        assert load.num("a", "whole") > seen[0]  # both went on meanwhile
+        assert load.num("b", "whole") > seen[1]
+    assert len(engines() - before) == 1  # a new one, by itself
+    _check_ends(load, proxy)
+
+
+def test_a_killed_replica_costs_only_what_was_streaming_there_and_another_takes_its_place(proxy: Proxy) -> None:
+    def actors() -> set[int]:
+        words = processes(proxy.process.pid)
+        return {pid for pid, line in words.items() if line.startswith("ray::ServeReplica:lmtool-a:")}
+
+    before = actors()
+    assert len(before) == 2
+    broken_before = proxy.metric("broken_answers_total", "a")
+    with Load(proxy) as load:
+        until(lambda: load.num("a", "whole") > 5 and load.num("b", "whole") > 5)
+        os.kill(min(before), signal.SIGKILL)
+        until(lambda: not proxy.is_whole())
+        until(proxy.is_whole)
+        until(lambda: len(actors()) == 2)
+    assert len(actors() - before) == 1
+    others = {end for model, end in load.ends if model == "b"}
+    assert others == {"whole"}  # the other model's were untouched
+    _check_ends(load, proxy)
+    assert proxy.metric("broken_answers_total", "a") - broken_before == load.num(
+        "a", "broken: service_unavailable_error"
+    )
+
+
+def _check_ends(load: Load, proxy: Proxy) -> None:
+    """Whole, or an error of ours at the end of a stream that had begun: at most as many as ran at once."""
+    print(dict(load.ends), "retries", [proxy.metric("retries_total", model) for model in "ab"])
+    broken = {key: number for key, number in load.ends.items() if key[1] != "whole"}
+    assert {end for _, end in broken} <= {"broken: service_unavailable_error"}
+    assert sum(broken.values()) <= 6
+
+
+def test_at_its_end_answers_are_finished_and_nothing_is_left(proxy: Proxy) -> None:
+    """The last test of this proxy."""
+    started = processes(proxy.process.pid)
+    with proxy.client(headers=KEY) as client, proxy.client(headers=KEY) as other:
+        with client.stream(
+            "POST", "/v1/completions", json={**PROMPT, "model": "a", "max_tokens": 110, "stream": True}
+        ) as response:
+            events = response.iter_lines()
+            next(events)
+            proxy.process.send_signal(signal.SIGTERM)
+            until(lambda: other.get("/ready").status_code == 503)
+            refused = other.post("/v1/completions", json={**PROMPT, "model": "a"})
+            assert (refused.status_code, "shutting down" in refused.text) == (503, True)
+            rest = [line.removeprefix("data: ") for line in events if line]
+        assert rest[-1] == "[DONE]"
+    assert proxy.wait() == 0
+    assert proxy.said[-1].startswith("lmtool: a, b · serving on ")  # nothing was complained of
+    until(lambda: not [pid for pid, words in started.items() if _is_running(pid, words)])
+
+
+def _is_running(pid: int, words: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip() == words.strip()
+    except OSError:
+        return False
+
+
+# ---------------------------------------------------------------------- what is refused
+def refusal(*flags: str) -> str:
+    words = [LMTOOL, "serve", "proxy", *flags]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    return done.stderr.splitlines()[-1]
+
+
+def test_what_an_engine_refuses_is_the_proxys_one_line(tmp_path: Path) -> None:
+    model = tiny_folder(tmp_path / "tiny")
+    line = refusal("--port", "0", "--model", f"{model},{SMALL},session-len=999999")
+    assert line.startswith("lmtool: error: tiny: --session-len 999999 is longer than the model's 128 tokens")
+
+
+def test_what_is_wrong_is_said_before_ray_is_started(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = str(taken.getsockname()[1])
+        assert f"cannot listen on 127.0.0.1 port {port}" in refusal("--port", port, "--model", "a")
+    assert "give one of the two" in refusal()
+    assert "give one of the two" in refusal("--model", "a", "--config", "x.toml")
+    assert "replicas is 0" in refusal("--model", "a,replicas=0")
+    assert "cannot be read" in refusal("--config", str(tmp_path / "none.toml"))
+
+
+def machine(**settings: Any) -> Node:
+    return Node(**{"address": "10.0.0.1", "cpus": 8.0, "gpus": 0.0, **settings})
+
+
+def test_a_replica_that_fits_nowhere_is_refused_with_what_would() -> None:
+    with pytest.raises(ConfigError) as refused:
+        check_fit(parse_models(["a,cpus=9"]), [machine(), machine(address="10.0.0.2", cpus=4.0)])
+    assert str(refused.value) == (
+        "no machine has 9 CPUs and 0 GPUs for a replica of a; "
+        "lower cpus or gpus; there is 10.0.0.1: 8 CPUs, 0 GPUs; 10.0.0.2: 4 CPUs, 0 GPUs"
+    )
+    with pytest.raises(ConfigError, match="all replicas together need 12 CPUs and 0 GPUs, and the cluster has 8 and 0"):
+        check_fit(parse_models(["a,cpus=4,replicas=2", "b,cpus=4"]), [machine()])
+    with pytest.raises(ConfigError, match="need 3 CPUs and 3 GPUs, and the cluster has 8 and 2"):
+        check_fit(parse_models(["a,replicas=3"]), [machine(gpus=2.0)])
+    with pytest.raises(ConfigError, match="no machine has 1 CPUs and 1 GPUs"):
+        check_fit(parse_models(["a,gpus=1"]), [machine()])
+    check_fit(parse_models(["a,replicas=2", "b,device=cpu,cpus=6"]), [machine(gpus=2.0)])
+
+
+def test_rays_names_of_models_are_sound_and_differ() -> None:
+    names = [application_name(name) for name in ("a", "org/a", "org_a")]
+    assert names[0] == "lmtool-a"
+    assert len(set(names)) == 3
+    assert all(re.fullmatch(r"[\w.-]+", name) for name in names)
+    assert ModelSpec(model="x", name="org/a").name == "org/a"
