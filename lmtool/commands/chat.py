@@ -69,6 +69,7 @@ def chat(
     cache_gb: options.CacheGb = None,
     cache_host_gb: options.CacheHostGb = None,
     cache_max_entry_count: options.CacheMaxEntryCount = None,
+    tp: options.Tp = None,
     chat_template: options.ChatTemplate = None,
     revision: options.Revision = None,
     download_dir: options.DownloadDir = None,
@@ -107,6 +108,7 @@ def chat(
         cache_gb=cache_gb,
         cache_host_gb=cache_host_gb,
         cache_max_entry_count=cache_max_entry_count,
+        tp=tp,
         max_batch_size=1,  # one conversation: fewer kernels to compile and one graph to capture
     )
     question = read_question(prompt, sys.stdin)

@@ -87,6 +87,14 @@ CacheHostGb = Annotated[
         rich_help_panel=_ENGINE,
     ),
 ]
+Tp = Annotated[
+    int | None,
+    typer.Option(
+        help="GPUs that share the model, from --device on (default: 1). What they hold of it, and its K/V cache, is "
+        "divided by them.",
+        rich_help_panel=_ENGINE,
+    ),
+]
 Backend = Annotated[str | None, typer.Option(hidden=True)]  # LMDeploy has two engines
 _ENGINE_NAMES = ("turbomind", "pytorch")
 

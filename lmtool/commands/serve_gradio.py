@@ -70,7 +70,7 @@ def gradio(
     model_format: options.ModelFormat = None,
     session_len: options.SessionLen = None,
     max_batch_size: serve_options.MaxBatchSize = None,
-    tp: serve_options.Tp = 1,
+    tp: options.Tp = None,
     quant_policy: options.QuantPolicy = None,
     kv_dtype: options.KvDtype = None,
     cache_gb: options.CacheGb = None,
@@ -84,7 +84,6 @@ def gradio(
     restful_api: RestfulApi = False,
 ) -> None:
     """A page to chat with a server, or with a model that is loaded here."""
-    serve_options.check_tp(tp)
     is_url = url_or_model.startswith(("http://", "https://"))
     _check(ctx, is_url=is_url, share=share)
     sampling = options.given(
@@ -106,6 +105,7 @@ def gradio(
         kv_dtype=kv_dtype,
         cache_gb=cache_gb,
         cache_host_gb=cache_host_gb,
+        tp=tp,
         cache_max_entry_count=cache_max_entry_count,
     )
     if backend is not None:

@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from lmtool.commands.settings_file import read_settings
-from lmtool.errors import ConfigError
 
 Config = Annotated[
     Path | None,
@@ -30,10 +29,3 @@ MaxBatchSize = Annotated[
         rich_help_panel="Engine",
     ),
 ]
-Tp = Annotated[int, typer.Option(help="GPUs that share the model; 1 is what there is.", rich_help_panel="Engine")]
-
-
-def check_tp(tp: int) -> None:
-    """Raises ConfigError for more than there can be."""
-    if tp != 1:
-        raise ConfigError(f"--tp is {tp}", "give 1: a model that is shared by several GPUs is not there yet")

@@ -6,7 +6,7 @@ Everything that can be refused is refused here, before the first request.
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lmtool.checkpoint.engine_file import under_engine_file
+from lmtool.checkpoint.formats import open_checkpoint
 from lmtool.config import EngineConfig
 from lmtool.engine.block_manager import BlockManager
 from lmtool.engine.core import EngineCore
@@ -34,6 +35,8 @@ from lmtool.errors import InputError
 from lmtool.layers.group import Group
 from lmtool.models.config import ModelConfig
 from lmtool.models.decoder import Decoder
+from lmtool.models.loader import read_model_config
+from lmtool.models.shard import Shard
 
 if TYPE_CHECKING:
     from lmtool.kernels.triton.precompile import Precompilation
@@ -137,6 +140,7 @@ def ranks_of(
     if config.tp == 1:
         yield None
         return
+    Shard(0, config.tp).check(shape if shape is not None else _model_of(path))  # before any other process is started
     ranks = Ranks(config, device, path=path, shape=shape, group_size=group_size)
     try:
         yield ranks
@@ -147,6 +151,12 @@ def ranks_of(
         finally:
             ranks.close()
         raise
+
+
+def _model_of(path: Path | None) -> ModelConfig:
+    assert path is not None
+    with closing(open_checkpoint(path)) as checkpoint:
+        return read_model_config(checkpoint.config)
 
 
 def _loaded(part: Part, core: EngineCore, plan: CachePlan, device: torch.device, started: float) -> LoadedEngine:

@@ -103,7 +103,7 @@ class Shard:
 
 def _divisors(config: ModelConfig) -> str:
     fitting = []
-    for size in (1, 2, 4, 8, 16):
+    for size in range(1, 65):
         kv = config.num_kv_heads
         if not (config.num_heads % size or config.intermediate_size % size or max(kv, size) % min(kv, size)):
             fitting.append(str(size))

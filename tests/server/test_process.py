@@ -166,7 +166,7 @@ def test_what_the_engine_refuses_is_the_servers_one_line():
     ("flags", "words"),
     [
         (["nowhere/at-all"], "nowhere/at-all"),
-        (["smollm2-135m", "--tp", "2"], "--tp is 2"),
+        (["smollm2-135m", "--tp", "2"], "--tp 2 does not divide the model's 9 attention heads; give 1 or 3"),
         (["smollm2-135m", "--server-port", "70000"], "--server-port is 70000"),
         (["smollm2-135m", "--ssl-keyfile", "x"], "--ssl-certfile"),
         (["smollm2-135m", "--quant-policy", "3"], "--quant-policy is 3"),
