@@ -100,7 +100,7 @@ def api_server(
     model_format: options.ModelFormat = None,
     session_len: options.SessionLen = None,
     max_batch_size: serve_options.MaxBatchSize = None,
-    tp: serve_options.Tp = 1,
+    tp: options.Tp = None,
     quant_policy: options.QuantPolicy = None,
     kv_dtype: options.KvDtype = None,
     cache_gb: options.CacheGb = None,
@@ -118,7 +118,6 @@ def api_server(
     _need_server()
     if backend is not None:
         options.say_one_engine(backend)
-    serve_options.check_tp(tp)
     from lmtool.server.config import ServerConfig
 
     engine = options.given(
@@ -131,6 +130,7 @@ def api_server(
         kv_dtype=kv_dtype,
         cache_gb=cache_gb,
         cache_host_gb=cache_host_gb,
+        tp=tp,
         cache_max_entry_count=cache_max_entry_count,
     )
     options.engine_config(**engine)  # what is wrong with the flags is said before a model is looked for
