@@ -100,7 +100,8 @@ def _folder_vocabulary(
     model, library = folder / "tokenizer.model", folder / "tokenizer.json"
     if model.exists() and (architecture in SENTENCEPIECE_ARCHITECTURES or not library.exists()):
         added = sentencepiece_model.added_tokens(settings, _json(folder / "added_tokens.json"))
-        return sentencepiece_model.from_model_file(model, added), [], []
+        is_legacy = settings.get("legacy") is not False
+        return sentencepiece_model.from_model_file(model, added, is_legacy=is_legacy), [], []
     if library.exists():
         return bpe.from_tokenizer_json(library)
     if not any((folder / name).exists() for name in ("config.json", MANIFEST)):

@@ -23,10 +23,19 @@ class SentencePieceVocabulary:
     """`Vocabulary` over a sentencepiece model, with tokens of the checkpoint's configuration on top.
 
     added: text -> id of tokens that the configuration adds or renames (InternLM2's <|im_end|> is an unused piece)
+    within: encodes what stands behind a special token in the midst of a text, where that gets no leading space
     """
 
-    def __init__(self, processor: "SentencePieceProcessor", added: dict[str, int], adds_leading_space: bool) -> None:
+    def __init__(
+        self,
+        processor: "SentencePieceProcessor",
+        added: dict[str, int],
+        adds_leading_space: bool,
+        within: "SentencePieceProcessor | None" = None,
+    ) -> None:
         self._processor = processor
+        self._within = within or processor
+        self._bos = processor.id_to_piece(processor.bos_id()) if processor.bos_id() >= 0 else None
         self._num_pieces = processor.get_piece_size()
         control = {processor.id_to_piece(i): i for i in range(self._num_pieces) if processor.is_control(i)}
         self.added = added
@@ -39,7 +48,9 @@ class SentencePieceVocabulary:
     def encode(self, text: str, parse_special: bool) -> list[int]:
         if not parse_special:
             return list(self._processor.encode(text))
-        return split_special(text, self._special, self._processor.encode)
+        if self._bos is not None and text.startswith(self._bos):  # what follows is still the beginning
+            return [self._special[self._bos], *self.encode(text.removeprefix(self._bos), parse_special)]
+        return split_special(text, self._special, self._processor.encode, self._within.encode)
 
     def token_bytes(self, token_id: int) -> bytes:
         if token_id in self._added_bytes:
@@ -76,11 +87,17 @@ def added_tokens(tokenizer_config: Mapping[str, Any], added_tokens_json: Mapping
     return dict(added_tokens_json) | {entry["content"]: int(token_id) for token_id, entry in entries.items()}
 
 
-def from_model_file(path: Path, added: dict[str, int]) -> SentencePieceVocabulary:
-    """Raises TokenizerError for a file that is no sentencepiece model."""
+def from_model_file(path: Path, added: dict[str, int], *, is_legacy: bool = True) -> SentencePieceVocabulary:
+    """is_legacy: a leading space is put before each stretch between special tokens, not only before the first, as
+    transformers' LlamaTokenizer does unless ``legacy`` is false.
+
+    Raises TokenizerError for a file that is no sentencepiece model.
+    """
     model = path.read_bytes()
     processor = _processor(model, path)
-    return SentencePieceVocabulary(processor, added, _adds_leading_space(processor))
+    # of a message that is there twice in a file of this kind, the last one's fields count: add_dummy_prefix is false
+    within = None if is_legacy else _processor(model + _message(3, _integer(3, False)), path)
+    return SentencePieceVocabulary(processor, added, _adds_leading_space(processor), within)
 
 
 def from_gguf_parts(

@@ -57,8 +57,16 @@ def sentencepiece_bytes(token: str) -> bytes:
     return token.replace("▁", " ").encode()
 
 
-def split_special(text: str, special: dict[str, int], encode: Callable[[str], list[int]]) -> list[int]:
-    """Ids of a text whose special tokens are looked up and whose stretches between them are encoded."""
+def split_special(
+    text: str,
+    special: dict[str, int],
+    encode: Callable[[str], list[int]],
+    encode_within: Callable[[str], list[int]] | None = None,
+) -> list[int]:
+    """Ids of a text whose special tokens are looked up and whose stretches between them are encoded.
+
+    encode_within: of the stretches behind a special token; None: as the first one.
+    """
     if not special:
         return encode(text)
     longest_first = sorted(special, key=len, reverse=True)
@@ -68,5 +76,5 @@ def split_special(text: str, special: dict[str, int], encode: Callable[[str], li
         if i % 2:
             ids.append(special[part])
         elif part:
-            ids += encode(part)
+            ids += (encode_within or encode)(part) if i else encode(part)
     return ids
