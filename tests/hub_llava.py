@@ -30,7 +30,7 @@ from tests.tokenizer_files import SENTENCES, folder_with
 
 SMALL_TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 SMALL_TEXT |= {"num_attention_heads": 8, "num_key_value_heads": 8}
-SMALL
+SMALL_VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
 
 
 def is_original(name: str) -> bool:

@@ -8,8 +8,6 @@ STD = [0.26862954, 0.26130258, 0.27577711]
 GRIDS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 IMAGE_TOKEN_ID = 32000
 
-VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
-
 VISION = {
     "hidden_size": 1024,
     "image_size": 336,
