@@ -15,8 +15,8 @@ import msgspec
 import ray
 from ray import serve
 
+from lmtool.cluster.orders import ReplicaOrders
 from lmtool.cluster.replica import END_S, Replica
-from lmtool.cluster.replica_process import ReplicaOrders
 from lmtool.cluster.spec import ClusterSpec, ModelSpec
 from lmtool.errors import ConfigError
 
@@ -118,6 +118,6 @@ def _orders(model: ModelSpec) -> ReplicaOrders:
         model.revision,
         model.download_dir,
         model.chat_template,
-        dict(model.engine),
+        model.engine_settings(),
         model.server_config(),
     )

@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from lmtool.cluster.orders import FailedStart
+
 NAMESPACE = "lmtool"
 _NAME = "directory"
 LIVE_S = 20.0  # who was silent for as long is gone, or its machine cannot be reached
@@ -33,16 +35,6 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
-class FailedStart:
-    """Why a replica could not start, as an error of ours: its kind by name, and its two halves."""
-
-    model: str
-    kind: str
-    cause: str
-    fix: str | None
-
-
-@dataclass(frozen=True, slots=True)
 class Listing:
     """replicas: those heard of lately. failed: the last failed start of each model that has had one, and none since."""
 
@@ -56,7 +48,9 @@ class Directory:
     def __init__(self) -> None:
         self._heard: dict[str, tuple[Record, float]] = {}
         self._failed: dict[str, FailedStart] = {}
+        self._owners: dict[str, tuple[str, float]] = {}
 
+    # ------------------------------------------------------------------ by replicas
     def put(self, record: Record) -> None:
         self._heard[record.name] = (record, time.monotonic())
         if record.is_ready:
@@ -68,13 +62,28 @@ class Directory:
     def fail(self, failed: FailedStart) -> None:
         self._failed[failed.model] = failed
 
-    def forget_failures(self, models: tuple[str, ...]) -> None:
-        for model in models:
-            self._failed.pop(model, None)
+    # ------------------------------------------------------------------ by fronts
+    def claim(self, owner: str, models: tuple[str, ...]) -> list[str]:
+        """The models are this front's from now on, and how earlier starts of them failed is forgotten; unless some
+        belong to another one that is alive, which are named.
+        """
+        now_s = time.monotonic()
+        taken = [model for model in models if self._owners.get(model, (owner, 0.0))[0] != owner]
+        taken = [model for model in taken if now_s - self._owners[model][1] < LIVE_S]
+        if not taken:
+            for model in models:
+                self._owners[model] = (owner, now_s)
+                self._failed.pop(model, None)
+        return taken
 
-    def listing(self) -> Listing:
-        oldest_s = time.monotonic() - LIVE_S
-        self._heard = {name: found for name, found in self._heard.items() if found[1] >= oldest_s}
+    def release(self, owner: str) -> None:
+        self._owners = {model: found for model, found in self._owners.items() if found[0] != owner}
+
+    def listing(self, owner: str) -> Listing:
+        """The owner is alive: it asks again and again."""
+        now_s = time.monotonic()
+        self._owners = {model: (one, now_s if one == owner else at) for model, (one, at) in self._owners.items()}
+        self._heard = {name: found for name, found in self._heard.items() if now_s - found[1] < LIVE_S}
         return Listing([record for record, _ in self._heard.values()], list(self._failed.values()))
 
 

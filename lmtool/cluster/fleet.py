@@ -8,7 +8,8 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 
-from lmtool.cluster.directory import FailedStart, Listing, Record
+from lmtool.cluster.directory import Listing, Record
+from lmtool.cluster.orders import FailedStart
 from lmtool.cluster.routing import Prompt, Router, Ticket
 
 _log = logging.getLogger(__name__)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -13,7 +14,7 @@ from lmtool.cluster.directory import Listing
 from lmtool.cluster.fleet import Fleet
 from lmtool.cluster.forward import replica_session
 from lmtool.cluster.spec import ClusterSpec
-from lmtool.errors import BY_NAME, InputError, LmtoolError
+from lmtool.errors import ConfigError, InputError
 from lmtool.server.config import ServerConfig
 from lmtool.server.http_process import uvicorn_server
 from lmtool.server.supervisor import address_of, bind
@@ -33,22 +34,27 @@ def serve_proxy(spec: ClusterSpec, config: ServerConfig, ray_address: str | None
 
     [door] = bind(config)
     quietly = contextlib.redirect_stdout(sys.stderr)  # where Ray says what it notices
-    with door, quietly, joined(ray_address, say), _deployed(spec, loopback=ray_address is None, say=say):
+    owner = secrets.token_hex(8)
+    with door, quietly, joined(ray_address, say), _deployed(spec, owner, loopback=ray_address is None, say=say):
         import uvloop
 
-        uvloop.run(_Proxy(spec, config, door, say).main())
+        uvloop.run(_Proxy(spec, config, door, owner, say).main())
 
 
 @contextlib.contextmanager
-def _deployed(spec: ClusterSpec, *, loopback: bool, say: Say) -> Iterator[None]:
+def _deployed(spec: ClusterSpec, owner: str, *, loopback: bool, say: Say) -> Iterator[None]:
     """The models, as long as the block lasts."""
     import ray
 
     from lmtool.cluster import deployment
     from lmtool.cluster.directory import directory
 
-    ray.get(directory().forget_failures.remote(spec.names))  # of an earlier start
     deployment.check_fit(spec, deployment.nodes())
+    taken = ray.get(directory().claim.remote(owner, spec.names))
+    if taken:
+        raise ConfigError(
+            f"{taken[0]} is served by another proxy on this cluster", "end that one, or give another name"
+        )
     num_replicas = sum(model.replicas for model in spec.models)
     say(f"starting {num_replicas} replicas of {', '.join(spec.names)}")
     try:
@@ -56,23 +62,26 @@ def _deployed(spec: ClusterSpec, *, loopback: bool, say: Say) -> Iterator[None]:
         yield
     finally:
         deployment.withdraw(spec)
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(directory().release.remote(owner), timeout=_LAST_WORDS_S)
 
 
 class _Proxy:
     """The front, from its start to its end."""
 
-    def __init__(self, spec: ClusterSpec, config: ServerConfig, door: socket.socket, say: Say) -> None:
+    def __init__(self, spec: ClusterSpec, config: ServerConfig, door: socket.socket, owner: str, say: Say) -> None:
         from lmtool.cluster.directory import directory
 
         self._config = config
         self._door = door
+        self._owner = owner
         self._say = say
         self._directory = directory()
         self._fleet = Fleet(spec.names, self._look)
         self._stop = asyncio.Event()
 
     async def _look(self) -> Listing:
-        listing: Listing = await self._directory.listing.remote()
+        listing: Listing = await self._directory.listing.remote(self._owner)
         return listing
 
     async def main(self) -> None:
@@ -131,6 +140,6 @@ class _Proxy:
             await asyncio.sleep(_POLL_S)
             started.update(name for name in self._fleet.models if self._fleet.ready(name))
             for failed in self._fleet.failed.values():
-                kind = BY_NAME.get(failed.kind, LmtoolError)
-                if failed.model not in started and issubclass(kind, InputError):
-                    raise kind(f"{failed.model}: {failed.cause}", failed.fix)
+                error = failed.error()
+                if failed.model not in started and isinstance(error, InputError):
+                    raise type(error)(f"{failed.model}: {error.cause}", error.fix)

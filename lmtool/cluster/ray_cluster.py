@@ -4,12 +4,15 @@ import contextlib
 import logging
 import os
 import secrets
+import socket
 from collections.abc import Callable, Iterator
 
 from lmtool.cluster.directory import NAMESPACE
 from lmtool.errors import ConfigError
 
 _STORE_BYTES = 100 << 20  # nothing of ours goes through Ray's object store; this is about the least that it takes
+
+_REACH_S = 5.0
 
 
 @contextlib.contextmanager
@@ -34,6 +37,7 @@ def joined(address: str | None, say: Callable[[str], None]) -> Iterator[None]:
         own = {"include_dashboard": False, "object_store_memory": _STORE_BYTES, "_node_ip_address": "127.0.0.1"}
         ray.init(**quiet, **own)
     else:
+        _check_reachable(address)
         try:
             ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -47,3 +51,18 @@ def joined(address: str | None, say: Callable[[str], None]) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()  # of our own all of it; of another Serve goes on, with what others have there
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself tries for minutes. Raises ConfigError."""
+    host, _, port = address.rpartition(":")
+    if address == "auto":
+        return
+    if not host or not port.isdecimal():
+        raise ConfigError(f"--ray-address is {address!r}", "give auto or HOST:PORT, as `ray start --head` says it")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"--ray-address {address} cannot be reached: {error}", "start Ray there: ray start --head"
+        ) from error

@@ -19,8 +19,8 @@ import ray
 from ray import serve
 
 from lmtool.child import module_command, module_environment
-from lmtool.cluster.directory import FailedStart, Record, directory
-from lmtool.cluster.replica_process import ReplicaOrders, ReplicaSays
+from lmtool.cluster.directory import Record, directory
+from lmtool.cluster.orders import FailedStart, ReplicaOrders, ReplicaSays
 from lmtool.errors import EngineError, LmtoolError
 
 _log = logging.getLogger(__name__)
@@ -50,8 +50,7 @@ class Replica:
         try:
             await self._start(msgspec.json.encode(msgspec.structs.replace(given, config=config)))
         except LmtoolError as error:
-            failed = FailedStart(model, type(error).__name__, error.cause, error.fix)
-            await self._directory.fail.remote(failed)
+            await self._directory.fail.remote(FailedStart.of(model, error))
             await self._end()
             raise RuntimeError(str(error)) from None  # Ray tries again: what it was may have passed
         self._beating = asyncio.create_task(self._keep_beating())

@@ -10,36 +10,17 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import msgspec
 
 from lmtool import log
 from lmtool.checkpoint.hub import resolve_model
+from lmtool.cluster.orders import FailedStart, ReplicaOrders, ReplicaSays
 from lmtool.errors import LmtoolError
-from lmtool.server.config import ServerConfig
 from lmtool.server.supervisor import Launch, address_of, bind, serve_at
-from lmtool.server.wire import Failure
 
 _INSIST_S = 0.2
-
-
-class ReplicaOrders(msgspec.Struct, frozen=True):
-    """model, revision, download_dir: as the user named them; engine: settings of `EngineConfig` that were given."""
-
-    model: str
-    revision: str | None
-    download_dir: str | None
-    chat_template: str | None
-    engine: dict[str, Any]
-    config: ServerConfig
-
-
-class ReplicaSays(msgspec.Struct, frozen=True):
-    """url: where it listens. failure: why it does not, or not any more."""
-
-    url: str | None = None
-    failure: Failure | None = None
 
 
 def main() -> int:
@@ -51,7 +32,7 @@ def main() -> int:
         try:
             _serve(orders, out)
         except LmtoolError as error:
-            _tell(out, ReplicaSays(failure=Failure.of(error)))
+            _tell(out, ReplicaSays(failure=FailedStart.of(orders.config.model_names[0], error)))
             return error.exit_code
     return 0
 

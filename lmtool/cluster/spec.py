@@ -33,7 +33,7 @@ class ModelSpec:
     model           a folder, a file or a name, as for api_server; the same on every machine
     name            what clients call it
     replicas        how many there are
-    tp              GPUs that share one replica
+    tp              GPUs of one machine that share one replica
     cpus, gpus      what Ray keeps free for one replica; gpus None: tp on a cluster with GPUs, unless device is 'cpu'
     chat_template, revision, download_dir   as for api_server
     engine          settings of `EngineConfig`, as given
@@ -63,15 +63,18 @@ class ModelSpec:
         check(isinstance(self.model, str) and bool(self.model), "model", "a model's folder, file or name")
         check(_is_name(self.name), "name", "what clients call the model: a text without blanks")
         check(is_number("replicas", (int,)) and 1 <= self.replicas <= _MOST_REPLICAS, "replicas", "1 to 1024")
-        check(is_number("tp", (int,)) and self.tp == 1, "tp", "1: replicas on several GPUs are not there yet")
+        check(is_number("tp", (int,)) and 1 <= self.tp <= 64, "tp", "a number of GPUs of one machine, from 1 to 64")
         check(is_number("cpus", (int, float)) and 0 <= self.cpus <= 4096, "cpus", "a number from 0 to 4096")
         check(self.gpus is None or (is_number("gpus", (int,)) and self.gpus in (0, self.tp)), "gpus", "0 or tp")
         for key in ("chat_template", "revision", "download_dir"):
             check(getattr(self, key) is None or isinstance(getattr(self, key), str), key, "a text")
         for key, value in self.server.items():
             _check_kind(key, value)
-        EngineConfig(**self.engine)  # both say what is wrong with theirs
+        EngineConfig(**self.engine_settings())  # both say what is wrong with theirs
         self.server_config()
+
+    def engine_settings(self) -> dict[str, Any]:
+        return {**self.engine, **({"tp": self.tp} if self.tp > 1 else {})}
 
     def server_config(self, **settings: Any) -> ServerConfig:
         """Of a replica. Raises ConfigError for a setting that cannot be."""

@@ -55,6 +55,9 @@ def test_gpus_are_kept_free_where_there_are_any():
     spec, on_cpu, told = parse_models(["a", "b,device=cpu", "c,gpus=0"]).models
     assert [one.num_gpus(cluster_has_gpus=True) for one in (spec, on_cpu, told)] == [1, 0, 0]
     assert [one.num_gpus(cluster_has_gpus=False) for one in (spec, on_cpu, told)] == [0, 0, 0]
+    shared = parse_models(["e,tp=2"]).models[0]
+    assert (shared.num_gpus(cluster_has_gpus=True), shared.engine_settings()) == (2, {"tp": 2})
+    assert spec.engine_settings() == {}
     assert parse_models(["d,gpus=1"]).models[0].num_gpus(cluster_has_gpus=False) == 1  # asked for: refused later
 
 
@@ -75,8 +78,8 @@ def test_hosts_of_pictures_are_one_or_a_list(tmp_path):
         ("a,replicas=true", "replicas is True"),
         ("a,replicas=2,replicas=3", "'replicas' is there twice"),
         ("a,max-queue=2,max_queue=3", "'max_queue' is there twice"),
-        ("a,tp=2", "tp is 2; give 1"),
-        ("a,gpus=2", "gpus is 2; give 0 or tp"),
+        ("a,tp=0", "tp is 0; give a number of GPUs"),
+        ("a,tp=2,gpus=1", "gpus is 1; give 0 or tp"),
         ("a,cpus=-1", "cpus is -1"),
         ("a,cpus=nan", "cpus is nan"),
         ("a,name=two words", "name is 'two words'"),
