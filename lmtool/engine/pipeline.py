@@ -106,10 +106,13 @@ class Pipeline:
         if not isinstance(config, GenerationConfig):
             raise RequestError(f"gen_config is a {type(config).__name__}", "give an lmtool.GenerationConfig")
         several = _as_prompts(prompts)
-        if len(several) == 1 or all(isinstance(prompt, str) for prompt in several):
-            return self.stream([self._request(prompt, config) for prompt in several])
+        if len(several) == 1:
+            return self.stream([self._request(several[0], config)])
+        prepare = partial(self._request_of_several, config)
+        if all(isinstance(prompt, str) for prompt in several):
+            return self.stream(list(map(prepare, range(len(several)), several)))
         with ThreadPoolExecutor(_PREPARING, "prepare") as pool:  # Pillow lets go of Python's lock
-            return self.stream(list(pool.map(lambda prompt: self._request(prompt, config), several)))
+            return self.stream(list(pool.map(prepare, range(len(several)), several)))
 
     def stream(self, requests: Sequence[Request]) -> Answers:
         """As `stream_infer`, for requests that `request` made of token ids."""
@@ -122,9 +125,15 @@ class Pipeline:
     def chat(
         self, prompt: str | tuple[str, Any], session: Session | None = None, gen_config: GenerationConfig | None = None
     ) -> Session:
-        """One turn of a conversation; without ``session`` a new one. ``session.response`` is the answer."""
+        """One turn of a conversation; without ``session`` a new one. ``session.response`` is the answer.
+
+        The session keeps the pictures themselves, so a file or a URL is read once. Raises as `__call__` does, and then
+        leaves the session as it was.
+        """
+        if _is_several(prompt):
+            raise RequestError("a turn is a list of prompts", "give one: a text, or a tuple of a text and a picture")
         session = session if session is not None else Session()
-        messages = [*session.messages, *_messages_of(_as_prompts(prompt)[0])]
+        messages = [*session.messages, *self._with_pictures(_messages_of(_as_prompts(prompt)[0]))]
         response = self(messages, gen_config)
         session.messages = [*messages, {"role": "assistant", "content": response.text}]
         session.response = response
@@ -136,6 +145,29 @@ class Pipeline:
     def _request(self, prompt: Prompt, config: GenerationConfig) -> Request:
         prompt_ids, images = self.prepare(_messages_of(prompt))
         return self.request(prompt_ids, config, images)
+
+    def _request_of_several(self, config: GenerationConfig, index: int, prompt: Prompt) -> Request:
+        try:
+            return self._request(prompt, config)
+        except RequestError as error:
+            raise RequestError(f"prompt {index}: {error.cause}", error.fix) from error
+
+    def _with_pictures(self, messages: list[Message]) -> list[Message]:
+        """The same with each picture in place of its name, where the model takes pictures."""
+        if self.image_form is None or not any(isinstance(message["content"], list) for message in messages):
+            return messages
+        from lmtool.images.load import load_image
+        from lmtool.images.messages import take_images
+
+        plain, sources = take_images(messages)
+        pictures = map(load_image, sources)
+        for message in plain:
+            if isinstance(message["content"], list):
+                message["content"] = [
+                    {"type": "image", "image": next(pictures)} if part["type"] == "image" else part
+                    for part in message["content"]
+                ]
+        return plain
 
     def prepare(self, messages: Sequence[Message]) -> tuple[list[int], list[PreparedImage]]:
         """A conversation as `request` takes it: token ids, with an `IMAGE_ID` for each picture, and the pictures.
@@ -237,7 +269,7 @@ def _messages_of(prompt: Prompt) -> list[Message]:
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
     text, images = prompt
-    parts = [{"type": "image", "image": image} for image in (images if isinstance(images, list) else [images])]
+    parts = [{"type": "image", "image": image} for image in (images if isinstance(images, list | tuple) else [images])]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 

@@ -27,6 +27,7 @@ _BASE64_PIECE = 1 << 18  # letters, whole groups of four
 LONGEST_SIDE = 65_535  # pixels, as in a JPEG
 # readers that are small and read only; some of Pillow's others start programs
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_GIVE = "give a path, a URL with http or https, a data URL, the bytes of a file or a Pillow image"
 _KNOWN = "give a JPEG, PNG, WebP, GIF, BMP or TIFF"
 _BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II", b"MM")
 _DEEP = ("I;16", "I;16L", "I;16B", "I;16N")
@@ -47,10 +48,8 @@ def load_image(source: "ImageSource") -> "Image":
     if isinstance(source, Path):
         return decode_image(file_bytes(source), str(source))
     if not isinstance(source, str):
-        raise RequestError(
-            f"a picture is a {type(source).__name__}", "give a path, a URL, the bytes of a file or a Pillow image"
-        )
-    scheme = source[:8].partition(":")[0].lower()
+        raise RequestError(f"a picture is a {type(source).__name__}", _GIVE)
+    scheme = _scheme(source)
     if scheme == "data":
         return decode_image(data_url_bytes(source))
     if scheme in ("http", "https"):
@@ -148,6 +147,18 @@ def file_bytes(path: Path) -> bytes:
     except (OSError, ValueError, RuntimeError) as error:
         said = error.strerror if isinstance(error, OSError) else "no such file"
         raise RequestError(f"the picture {name} cannot be read: {said}", "check its name") from error
+
+
+def _scheme(source: str) -> str:
+    """Of a URL; '' for anything else. Raises RequestError for a URL of another kind than pictures have, and for ''."""
+    if not source or source.isspace():
+        raise RequestError("a picture's name is empty", _GIVE)
+    scheme, colon, rest = source[:32].partition(":")
+    if scheme.lower() in ("data", "http", "https") and colon:
+        return scheme.lower()
+    if rest.startswith("//") and scheme.isascii() and scheme.isalnum() and len(scheme) > 1:
+        raise RequestError(f"pictures are not read from {scheme.lower()}: URLs", _GIVE)
+    return ""
 
 
 def _short(name: str) -> str:

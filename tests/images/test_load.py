@@ -143,7 +143,10 @@ def test_paths_that_lead_to_no_file(tmp_path: Path) -> None:
     assert "cannot be read" in refusal("a\0b.png")
     assert "cannot be read: File name too long" in refusal("x!" * 5000)
     assert len(refusal("x!" * 5000)) < 300
-    assert "cannot be read" in refusal("file:///etc/passwd")
+    assert "not read from file: URLs" in refusal("file:///etc/passwd")
+    assert "not read from ftp: URLs" in refusal("FTP://example.org/a.png")
+    assert "cannot be read" in refusal("a:b//c.png")
+    assert "name is empty" in refusal(" ")
 
 
 def test_bytes_that_are_no_picture(tmp_path: Path) -> None:
