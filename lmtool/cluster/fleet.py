@@ -44,7 +44,7 @@ class Fleet:
         records = {record.name: record for record in listing.replicas if record.model in self._routers}
         for name, record in records.items():
             before = self._records.get(name)
-            if before is not None and before.num_starts != record.num_starts:
+            if before is not None and 0 < before.num_starts < record.num_starts:
                 _log.warning("the engine of replica %s of %s was started again", name, record.model)
                 self._routers[record.model].forget_cache(name)
         for name in self._records.keys() - records.keys():

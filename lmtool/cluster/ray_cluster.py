@@ -13,6 +13,7 @@ from lmtool.errors import ConfigError
 _STORE_BYTES = 100 << 20  # nothing of ours goes through Ray's object store; this is about the least that it takes
 
 _REACH_S = 5.0
+_MOST_CHARS = 300  # of what Ray says is wrong
 
 
 @contextlib.contextmanager
@@ -35,13 +36,13 @@ def joined(address: str | None, say: Callable[[str], None]) -> Iterator[None]:
     if address is None:
         say("starting a Ray of its own")
         own = {"include_dashboard": False, "object_store_memory": _STORE_BYTES, "_node_ip_address": "127.0.0.1"}
-        ray.init(**quiet, **own)
+        ray.init(address="local", **quiet, **own)  # and not one that RAY_ADDRESS or a file names
     else:
         _check_reachable(address)
         try:
             ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = " ".join(str(error).split())[:_MOST_CHARS]  # of a version that differs it says both, in lines
             raise ConfigError(
                 f"--ray-address {address} cannot be joined: {reason}",
                 "start Ray there (ray start --head) with the version and the token of this machine",

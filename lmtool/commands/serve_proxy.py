@@ -77,15 +77,19 @@ def proxy(
 ) -> None:
     """Several models behind one OpenAI address, each with replicas that Ray Serve places and keeps alive.
 
-    A request goes to the replica of its model that has most of its beginning in its cache.
+    A request goes to the replica of its model that has most of its beginning in its cache. SIGHUP reads --config again
+    and replaces the replicas, one after another.
     """
     _need_cluster()
     if (config is None) == (not model):
         raise ConfigError("models come from --config or from --model", "give one of the two")
-    from lmtool.cluster.spec import parse_models, read_spec
+    from lmtool.cluster.spec import ClusterSpec, parse_models, read_spec
     from lmtool.server.config import ServerConfig
 
-    spec = read_spec(config) if config is not None else parse_models(model or ())
+    def read() -> ClusterSpec:
+        return read_spec(config) if config is not None else parse_models(model or ())
+
+    spec = read()
     front = ServerConfig(
         host=server_name,
         port=server_port,
@@ -103,7 +107,7 @@ def proxy(
         _say(f"warning: whoever reaches {front.host} may use this server; give --api-keys, or --host 127.0.0.1")
     from lmtool.cluster.proxy import serve_proxy
 
-    serve_proxy(spec, front, ray_address, _say)
+    serve_proxy(spec, front, ray_address, _say, read)
 
 
 def _say(line: str) -> None:
