@@ -18,9 +18,8 @@ from lmtool.checkpoint.llava_names import POSITIONS, NameForm, is_vision, our_na
 from lmtool.checkpoint.llava_tower import Tower, find_tower, open_tower
 from lmtool.checkpoint.staging import StoredTensor
 from lmtool.errors import CheckpointError
+from lmtool.images.form import picture_files
 
-# beside the weights: how pictures are resized and cut
-PICTURE_FILES = ("preprocessor_config.json", "processor_config.json")
 _MOST_NAMES_SHOWN = 6
 _NOT_ONE_MODEL = "config.json and the weights are not of one model"
 
@@ -194,9 +193,8 @@ def split(inner: Checkpoint, tower: Path | None = None) -> LanguagePart:
 
 def copy_picture_files(source: Path, folder: Path) -> None:
     """What a model's folder or workspace says of pictures, into the folder of a model made of it."""
-    for name in PICTURE_FILES:
-        if (source / name).exists():
-            copyfile(source / name, folder / name)
+    for file in picture_files(source):
+        copyfile(file, folder / file.name)
 
 
 def _tower_elsewhere(inner: Checkpoint, given: Path | None) -> Tower:

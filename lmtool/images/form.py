@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MANIFEST = "lmtool.json"  # a workspace's; the room that writes it lies above this one
+PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 
 
 class ImageForm(Protocol):
@@ -39,8 +40,8 @@ def read_image_form(path: Path) -> ImageForm | None:
         path = path.parents[1]
     if not path.is_dir():
         return None
-    config = _json(path / MANIFEST).get("config") or _json(path / "config.json")
-    architecture = next(iter(config.get("architectures") or ()), None)
+    config = _config(path)
+    architecture = _architecture(config)
     if architecture in llava_config.OF_TRANSFORMERS:
         return llava_config.of_transformers(path, config, _processor(path))
     if architecture in llava_config.ORIGINALS:
@@ -48,25 +49,49 @@ def read_image_form(path: Path) -> ImageForm | None:
     return None
 
 
+def picture_files(folder: Path) -> list[Path]:
+    """The files beside config.json in which a model's folder, or a workspace, says how pictures are cut: for whoever
+    makes another folder of that model. Raises CheckpointError as `read_image_form` does."""
+    config = _config(folder)
+    if _architecture(config) in llava_config.ORIGINALS and config.get("vision_config") is None:
+        folder = _tower_folder(folder, config) or folder
+    return [folder / name for name in (PREPROCESSOR, PROCESSOR) if (folder / name).exists()]
+
+
 def _of_original(folder: Path, config: dict[str, Any]) -> ImageForm:
-    """An original LLaVA 1.5 only says of which CLIP model its tower is; that lies in its folder, beside it, or where
-    the name says, or is one that everybody knows."""
-    name = str(config.get("mm_vision_tower") or "").rstrip("/")
-    last = name.rpartition("/")[2]
-    places = (folder / last, folder.parent / last, Path(os.path.expanduser(name)))
-    tower = next((place for place in places if last and (place / "config.json").exists()), None)
-    if tower is None or config.get("vision_config") is not None:
+    """An original LLaVA 1.5 only says of which CLIP model its tower is. What was made of it here has the tower within,
+    and beside its own config.json the processor's file of that CLIP model."""
+    if config.get("vision_config") is not None:
+        return llava_config.of_original(folder, config, _json(folder / PREPROCESSOR))
+    tower = _tower_folder(folder, config)
+    if tower is None:
         return llava_config.of_original(folder, config, {})
     stated = _json(tower / "config.json")
     whole = config | {"vision_config": stated.get("vision_config", stated)}
-    return llava_config.of_original(folder, whole, _json(tower / "preprocessor_config.json"))
+    return llava_config.of_original(folder, whole, _json(tower / PREPROCESSOR))
+
+
+def _tower_folder(folder: Path, config: Mapping[str, Any]) -> Path | None:
+    """In the model's folder, beside it, or where the name says; None: it is one that everybody knows."""
+    name = str(config.get("mm_vision_tower") or "").rstrip("/")
+    last = name.rpartition("/")[2]
+    places = (folder / last, folder.parent / last, Path(os.path.expanduser(name)))
+    return next((place for place in places if last and (place / "config.json").exists()), None)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    return _json(folder / MANIFEST).get("config") or _json(folder / "config.json")
+
+
+def _architecture(config: Mapping[str, Any]) -> str | None:
+    return next(iter(config.get("architectures") or ()), None)
 
 
 def _processor(folder: Path) -> Mapping[str, Any]:
     """What newer releases of transformers write goes before what older ones wrote."""
-    found = _json(folder / "processor_config.json").get("image_processor") or _json(folder / "preprocessor_config.json")
+    found = _json(folder / PROCESSOR).get("image_processor") or _json(folder / PREPROCESSOR)
     if not found:
-        raise CheckpointError(f"{folder} has no preprocessor_config.json", "download it: it says how pictures are cut")
+        raise CheckpointError(f"{folder} has no {PREPROCESSOR}", "download it: it says how pictures are cut")
     return found
 
 

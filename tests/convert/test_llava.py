@@ -30,7 +30,7 @@ from tests.checkpoint.llava_forms import FORMS, llava_in_form, move_tower_out
 from tests.quant.models import run as quantize
 from tests.quant.models import text_file, tiny_folder
 from tests.support import all_logits
-from tests.tiny_llava import tiny_llava
+from tests.tiny_llava import TILE, tiny_llava
 
 IDS = [5, 9, 200, 31, 7, 80, 81]
 
@@ -205,6 +205,31 @@ def test_a_safe_model_with_a_pickled_tower(tmp_path: Path) -> None:
         to_workspace(model)
     workspace, _ = to_workspace(model, allow_bin=True)
     assert len(vision_of(workspace).names()) > 40
+
+
+@pytest.mark.parametrize("way", ["workspace", "quantized", "pickled"])
+def test_the_colours_of_a_tower_that_lies_elsewhere_go_with_it(way: str, tmp_path: Path) -> None:
+    """Only its own folder says what it was normalized with."""
+    model, tower = tmp_path / "llava", tmp_path / "clip-vit-large-patch14-336"
+    llava_in_form(model, "original", anyres=False)
+    move_tower_out(model, tower)
+    colours = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "crop_size": TILE, "size": TILE}
+    (tower / "preprocessor_config.json").write_text(json.dumps(colours))
+    expected = read_image_form(model)
+    assert expected is not None
+    assert expected.mean == (0.5, 0.4, 0.3)
+    if way == "quantized":
+        quantize(model, tmp_path / "made", text_file(tmp_path / "text.txt"))
+        made = tmp_path / "made"
+    else:
+        if way == "pickled":
+            pickled(model, with_index=True)
+        made, _ = to_workspace(model, allow_bin=way == "pickled")
+    (tower / "config.json").unlink()
+    assert read_image_form(made) == expected
+    if way != "quantized":
+        export(made, tmp_path / "hf")
+        assert read_image_form(tmp_path / "hf") == expected
 
 
 def test_allow_bin_without_pickles_is_said(tmp_path: Path) -> None:
