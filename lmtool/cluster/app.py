@@ -3,6 +3,7 @@
 A request is looked at for its model, its beginning and its size; whatever else it says is the replica's to judge.
 """
 
+import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,10 +13,12 @@ import aiohttp
 from fastapi import APIRouter, FastAPI, Request, Response
 
 from lmtool import __version__
+from lmtool.cluster.directory import Record
 from lmtool.cluster.figures import Figures
 from lmtool.cluster.fleet import Fleet
 from lmtool.cluster.forward import Forward, Question
 from lmtool.cluster.prefixes import read_prompt
+from lmtool.cluster.replica_figures import merged
 from lmtool.server.app import guard
 from lmtool.server.config import ServerConfig
 from lmtool.server.documents import Health, Models, Version, answers_documented
@@ -27,6 +30,7 @@ FORWARDED = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokeniz
 _WITH_MEMORY = ("/v1/responses", "/v1/chat/interactive")
 _BODY_BYTES = 64 << 20  # as a model that takes pictures: a replica without refuses more than its own 8 MiB
 _GUESSED_TOKENS = 256  # of an answer whose request sets no limit
+_FIGURES_S = 2.0  # for a replica's; Prometheus waits for ten by itself
 _MOST_COUNTED = 1 << 20  # of a number that a client may give as it likes
 
 
@@ -53,6 +57,18 @@ class FrontContext:
             "replicas_ready": len(self.fleet.ready(model)),
             "queued_tokens": sum(router.queued_tokens(one.name) for one in known),
         }
+
+    async def figures_of(self, replica: Record) -> tuple[str, str | None]:
+        """Its name, and what it says; None where that takes too long."""
+        headers = {"Authorization": f"Bearer {replica.key}"}
+        try:
+            async with (
+                asyncio.timeout(_FIGURES_S),
+                self.session.get(f"{replica.url}/metrics", headers=headers) as found,
+            ):
+                return replica.name, await found.text() if found.status == 200 else None
+        except (aiohttp.ClientError, OSError, ValueError):
+            return replica.name, None
 
     def model_of(self, body: Any) -> str:
         """Raises Refusal where it names none that there is."""
@@ -164,8 +180,10 @@ def _status(context: FrontContext) -> APIRouter:
 
     @router.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})
     async def metrics() -> Response:
-        """Figures for Prometheus."""
-        return Response(context.figures.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        """Figures for Prometheus: the front's own, and those of all replicas."""
+        found = await asyncio.gather(*(context.figures_of(one) for name in fleet.models for one in fleet.ready(name)))
+        text = context.figures.exposition() + merged({one: text for one, text in found if text is not None})
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router
 

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 pytest.importorskip("aiohttp", reason="pip install '.[cluster]'")
 
@@ -226,6 +227,30 @@ def test_a_client_that_goes_away_ends_its_request(front, servers):
         wait_until(lambda: not servers[0].context.engine.num_open)
         wait_until(lambda: metric(front, "queued_tokens") == 0)
     assert front.context.bodies.num_bytes == 0
+
+
+# ---------------------------------------------------------------------- figures
+def test_the_figures_of_all_replicas_say_whose_they_are(front, servers):
+    with BadReplica(http_answer("200 x", "text/plain", b"no { figures")) as bad, front.http() as client:
+        front.list(record("a", servers[0].url), record("b", servers[1].url), record("c", bad.url))
+        before = client.get("/metrics").text
+        assert bad.asked.is_set()
+        front.list(record("a", servers[0].url), record("b", "http://127.0.0.1:1"))
+        assert client.post("/v1/completions", json=ASK).status_code == 200
+        after = client.get("/metrics").text
+    for text in (before, after):
+        families = {family.name: family for family in text_string_to_metric_families(text)}
+        assert {"lmtool:proxy_requests", "lmtool:generation_tokens", "lmtool:time_to_first_token_seconds"} <= set(
+            families
+        )
+        assert text.count("# TYPE lmtool:generation_tokens_total counter") == 1
+
+    def tokens(text: str) -> dict[str, float]:
+        families = {family.name: family for family in text_string_to_metric_families(text)}
+        return {one.labels["replica"]: one.value for one in families["lmtool:generation_tokens"].samples}
+
+    assert set(tokens(before)) == {"a", "b"}
+    assert set(tokens(after)) == {"a"}
 
 
 # ---------------------------------------------------------------------- who gets what
