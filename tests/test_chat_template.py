@@ -28,6 +28,8 @@ EXPECTED = {
     "<|end_header_id|>\n\nQ2<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
     "mistral": "<s>[INST] SYS\n\nQ1 [/INST]A1</s>[INST] Q2 [/INST]",
     "llava": "<s>SYS USER: Q1 ASSISTANT: A1</s>USER: Q2 ASSISTANT:",
+    "llava-chatml": "<|im_start|>system\nSYS<|im_end|><|im_start|>user\nQ1<|im_end|><|im_start|>assistant\nA1<|im_end|>"
+    "<|im_start|>user\nQ2<|im_end|><|im_start|>assistant\n",
     "vicuna": "<s>SYS USER: Q1 ASSISTANT: A1</s>USER: Q2 ASSISTANT:",
 }
 EXPECTED |= {"qwen": EXPECTED["chatml"], "internlm2": "<s>" + EXPECTED["chatml"]}

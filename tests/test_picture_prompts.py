@@ -150,6 +150,22 @@ def test_mistral_s_own_prompt(tmp_path: Path) -> None:
     assert text == "<|begin|>[INST] <image>\nwhich? [/INST]"
 
 
+def test_llava_s_own_prompt_of_a_model_that_speaks_chatml(tmp_path: Path) -> None:
+    """LLaVA 1.6 34B, whose architecture is Vicuna's: `conv_chatml_direct`."""
+    library = byte_level_json()
+    library.add_special_tokens([AddedToken("<|im_start|>", special=True)])
+    files = {
+        "config.json": {"architectures": ["LlavaLlamaForCausalLM"]},
+        "tokenizer.json": library.to_str().encode(),
+        "tokenizer_config.json": {"bos_token": "<|begin|>", "eos_token": "<|im_end|>"},
+    }
+    tokenizer = load_tokenizer(folder_with(tmp_path, files))
+    assert tokenizer.render_chat([said(PICTURE, "which?"), said("this", role="assistant"), said("why?")]) == (
+        "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image>\nwhich?<|im_end|>"
+        "<|im_start|>assistant\nthis<|im_end|><|im_start|>user\nwhy?<|im_end|><|im_start|>assistant\n"
+    )
+
+
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_originals_have_a_place_for_each_picture(original: Tokenizer, name: str) -> None:
     messages = CONVERSATIONS[name]

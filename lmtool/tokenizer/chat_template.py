@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from jinja2 import Template
     from jinja2.ext import Extension
 
-BUILT_IN = ("chatml", "internlm", "internlm2", "llama2", "llama3", "llava", "mistral", "qwen", "vicuna")
+BUILT_IN = ("chatml", "internlm", "internlm2", "llama2", "llama3", "llava", "llava-chatml", "mistral", "qwen", "vicuna")
 # what an architecture is spoken to with when its checkpoint does not say; a Llama may be anything
 BY_ARCHITECTURE = {
     "InternLMForCausalLM": "internlm",
@@ -187,14 +187,12 @@ def chosen(name_or_file: str, own: Mapping[str, str]) -> ChatTemplate:
     return ChatTemplate(source, str(path))
 
 
-def by_default(own: Mapping[str, str], origin: str, architecture: str | None) -> ChatTemplate | None:
-    """The checkpoint's own, else its architecture's, else None."""
+def by_default(own: Mapping[str, str], origin: str, fallback: str | None) -> ChatTemplate | None:
+    """The checkpoint's own, else the built-in one of this name, else None."""
     if own:
         if "default" not in own and len(own) > 1:
             raise TokenizerError(
                 f"{origin} has several chat templates and no default", f"--chat-template {'|'.join(sorted(own))}"
             )
         return ChatTemplate(own.get("default") or next(iter(own.values())), origin)
-    if architecture in BY_ARCHITECTURE:
-        return built_in(BY_ARCHITECTURE[architecture])
-    return None
+    return None if fallback is None else built_in(fallback)

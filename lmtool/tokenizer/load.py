@@ -55,7 +55,9 @@ def _from_folder(folder: Path, template_choice: str | None) -> Tokenizer:
     if bos_id is not None and _adds(settings, "add_bos_token", vocabulary) and prefix[:1] != [bos_id]:
         prefix = [bos_id, *prefix]
     own = _own_templates(folder, settings, architecture in IMAGE_TOKENS) | _templates_of(workspace)
-    template = _template(own, folder, template_choice, architecture, generation)
+    is_base = generation.get("chat_format") == "raw"  # how Qwen 1 says it
+    fallback = None if is_base else _spoken_as(architecture, vocabulary)
+    template = _template(own, folder, template_choice, fallback)
     eos_text = tokens.get("eos_token")
     return Tokenizer(
         vocabulary=vocabulary,
@@ -157,18 +159,19 @@ def _templates_of(workspace: Mapping[str, Any]) -> dict[str, str]:
     return {"default": template} if isinstance(template, str) else {}
 
 
+def _spoken_as(architecture: str | None, vocabulary: Vocabulary) -> str | None:
+    """The built-in template of a model whose files have none."""
+    name = chat_template.BY_ARCHITECTURE.get(architecture or "")
+    # LLaVA 1.6 34B: Vicuna's architecture around a Yi that was taught ChatML
+    return "llava-chatml" if name == "llava" and vocabulary.token_id("<|im_start|>") is not None else name
+
+
 def _template(
-    own: Mapping[str, str],
-    source: Path,
-    choice: str | None,
-    architecture: str | None,
-    generation: Mapping[str, Any],
+    own: Mapping[str, str], source: Path, choice: str | None, fallback: str | None
 ) -> chat_template.ChatTemplate | None:
     if choice is not None:
         return chat_template.chosen(choice, own)
-    if generation.get("chat_format") == "raw":  # how Qwen 1 says that it is a base model
-        architecture = None
-    return chat_template.by_default(own, str(source), architecture)
+    return chat_template.by_default(own, str(source), fallback)
 
 
 def _eos_ids(
@@ -206,7 +209,7 @@ def _from_gguf(path: Path, template_choice: str | None) -> Tokenizer:
         for key, value in file.metadata.items()
         if key.startswith("tokenizer.chat_template") and isinstance(value, str)
     }
-    template = _template(own, path, template_choice, None, {})
+    template = _template(own, path, template_choice, None)
     names = {"bos_token": bos_id, "eos_token": eos_id, "unk_token": stored("ggml.unknown_token_id")}
     return Tokenizer(
         vocabulary=vocabulary,
