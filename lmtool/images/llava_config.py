@@ -28,8 +28,8 @@ _TAKE_ANOTHER = "take another checkpoint of this model"
 def of_transformers(folder: Path, config: Mapping[str, Any], processor: Mapping[str, Any]) -> LlavaForm:
     """As llava-hf's. processor: preprocessor_config.json, or the image_processor of processor_config.json."""
     is_next = config["architectures"][0].startswith("LlavaNext")
-    kind = str(processor.get("image_processor_type")).removesuffix("Fast").removesuffix("Pil")
     known = ("LlavaNextImageProcessor",) if is_next else ("CLIPImageProcessor", "LlavaImageProcessor")
+    kind = _processor_kind(processor, known[0])
     _only(folder, "image_processor_type", kind, *known)
     tile, patch = _tower(folder, config.get("vision_config") or {"image_size": 336, "patch_size": 14})
     _check_processor(folder, processor, tile)
@@ -85,6 +85,13 @@ def of_original(folder: Path, config: Mapping[str, Any], processor: Mapping[str,
         pinpoints=pinpoints,
         keeps_class_token=feature == "cls_patch",
     )
+
+
+def _processor_kind(processor: Mapping[str, Any], default: str) -> str:
+    """Older files call processors feature extractors, and some say nothing: then it is the model's own, as in
+    transformers."""
+    named = processor.get("image_processor_type") or processor.get("feature_extractor_type") or default
+    return str(named).replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
 
 
 def _only(folder: Path, key: str, value: Any, *known: Any) -> None:

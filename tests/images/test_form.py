@@ -227,6 +227,16 @@ def test_a_processor_file_goes_first(tmp_path: Path) -> None:
     assert form_of(tmp_path, hf_config(anyres=False), TINY | KINDS["clip"][1]).fit == "pad"
 
 
+@pytest.mark.parametrize("said", [{}, {"feature_extractor_type": "CLIPFeatureExtractor"}])
+def test_an_older_processor_file_is_the_model_s_own(tmp_path: Path, said: dict[str, str]) -> None:
+    """As OpenAI's CLIP and whoever copied from it have it; transformers takes it, too."""
+    older = {key: value for key, value in TINY.items() if key != "image_processor_type"} | said
+    crop = {"crop_size": TILE, "size": TILE}
+    assert form_of(tmp_path, hf_config(anyres=False), older | crop).fit == "crop"
+    if not said:
+        assert form_of(tmp_path / "next", hf_config(anyres=True), older | crop).fit == "anyres"
+
+
 def test_every_row_of_a_tile_is_kept(tmp_path: Path) -> None:
     config = hf_config(anyres=False, vision_feature_select_strategy="full")
     assert form_of(tmp_path, config, TINY | KINDS["clip"][1]).num_tokens((9, 9)) == (TILE // PATCH) ** 2 + 1
