@@ -10,6 +10,7 @@ from lmtool.checkpoint.llava_config import ORIGINAL_ARCHITECTURES, architecture_
 from lmtool.checkpoint.manifest import PICKLE_SUFFIXES
 from lmtool.checkpoint.reader import HfCheckpoint, read_json
 from lmtool.errors import CheckpointError
+from lmtool.images.form import tower_folder
 
 _IN_CLIP = "vision_model."  # a whole CLIP model holds a text tower, too
 _OF_CLIP_ALONE = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
@@ -39,15 +40,18 @@ def missing_tower(folder: Path) -> str | None:
 def find_tower(model: Path, name: str) -> Path:
     """The folder of the tower that a model names: in the model's folder, beside it, where the name says, or in the
     hub's cache. Raises CheckpointError with where to get it."""
-    last = name.rstrip("/").rpartition("/")[2]
-    for folder in (model / last, model.parent / last, Path(name).expanduser()):
-        if last and (folder / "config.json").exists():
-            return folder
+    found = tower_folder(model, name)
+    if found is not None:
+        return found
     is_hub_id = HUB_ID.fullmatch(name) is not None and not name.startswith(".")
     cached = cached_model(name) if is_hub_id else None
     if cached is not None:
         return cached
-    get = f"download it (`hf download {name}`)" if is_hub_id else f"put that folder beside the model as {last}"
+    get = (
+        f"download it (`hf download {name}`)"
+        if is_hub_id
+        else f"put that folder beside the model as {name.rstrip('/').rpartition('/')[2]}"
+    )
     raise CheckpointError(
         f"{model} needs the vision tower {name}, which is not on this machine", f"{get} {_GIVE_HUB_FORM}"
     )

@@ -54,7 +54,7 @@ def picture_files(folder: Path) -> list[Path]:
     makes another folder of that model. Raises CheckpointError as `read_image_form` does."""
     config = _config(folder)
     if _architecture(config) in llava_config.ORIGINALS and config.get("vision_config") is None:
-        folder = _tower_folder(folder, config) or folder
+        folder = tower_folder(folder, _tower_name(config)) or folder
     return [folder / name for name in (PREPROCESSOR, PROCESSOR) if (folder / name).exists()]
 
 
@@ -63,7 +63,7 @@ def _of_original(folder: Path, config: dict[str, Any]) -> ImageForm:
     and beside its own config.json the processor's file of that CLIP model."""
     if config.get("vision_config") is not None:
         return llava_config.of_original(folder, config, _json(folder / PREPROCESSOR))
-    tower = _tower_folder(folder, config)
+    tower = tower_folder(folder, _tower_name(config))  # else it is one that everybody knows
     if tower is None:
         return llava_config.of_original(folder, config, {})
     stated = _json(tower / "config.json")
@@ -71,16 +71,22 @@ def _of_original(folder: Path, config: dict[str, Any]) -> ImageForm:
     return llava_config.of_original(folder, whole, _json(tower / PREPROCESSOR))
 
 
-def _tower_folder(folder: Path, config: Mapping[str, Any]) -> Path | None:
-    """In the model's folder, beside it, or where the name says; None: it is one that everybody knows."""
-    name = str(config.get("mm_vision_tower") or "").rstrip("/")
-    last = name.rpartition("/")[2]
+def tower_folder(folder: Path, name: str) -> Path | None:
+    """Where the tower that an original LLaVA names lies: in the model's folder, beside it, or where the name says.
+
+    None: in none of these.
+    """
+    last = name.rstrip("/").rpartition("/")[2]
     places = (folder / last, folder.parent / last, Path(os.path.expanduser(name)))
     return next((place for place in places if last and (place / "config.json").exists()), None)
 
 
 def _config(folder: Path) -> dict[str, Any]:
     return _json(folder / MANIFEST).get("config") or _json(folder / "config.json")
+
+
+def _tower_name(config: Mapping[str, Any]) -> str:
+    return str(config.get("mm_vision_tower") or "")
 
 
 def _architecture(config: Mapping[str, Any]) -> str | None:
