@@ -81,23 +81,28 @@ class AsyncEngine:
 
     def _receive(self) -> bool:
         """Wait for work, take the inbox in. False when it is time to stop."""
-        with self._wake:
-            while not (self._inbox or self._core.has_work or self._closing):
-                self._wake.wait()
-            if self._closing:
-                return False
-            items, self._inbox = self._inbox, deque()
-        for item in items:
-            if isinstance(item, int):
-                output = self._core.abort(item)
-                if output is not None:
-                    self._deliver([output])
-            elif callable(item):
-                item(self._core)
-            else:
-                self._callbacks[item[0].request_id] = item[1]
-                self._core.add(item[0])
-        return self._core.has_work or self._receive()
+        while True:
+            with self._wake:
+                while not (self._inbox or self._core.has_work or self._closing):
+                    self._wake.wait()
+                if self._closing:
+                    return False
+                items, self._inbox = self._inbox, deque()
+            for item in items:
+                self._take(item)
+            if self._core.has_work:
+                return True
+
+    def _take(self, item: tuple[Request, Callback] | Errand | int) -> None:
+        if isinstance(item, int):
+            output = self._core.abort(item)
+            if output is not None:
+                self._deliver([output])
+        elif callable(item):
+            item(self._core)
+        else:
+            self._callbacks[item[0].request_id] = item[1]
+            self._core.add(item[0])
 
     def _deliver(self, outputs: list[TokenOutput]) -> None:
         sorted_out: dict[Callback, list[TokenOutput]] = {}

@@ -2,6 +2,8 @@
 
 import asyncio
 import socket
+import sys
+import threading
 
 import pytest
 
@@ -159,3 +161,15 @@ def test_what_is_no_message_ends_the_connection_only():
             engine.close()
 
     asyncio.run(main())
+
+
+def test_an_engine_that_nobody_asks_for_long_is_still_there():
+    """It is asked for its heartbeat alone, more often than Python would recurse."""
+    engine = tiny_engine()
+    try:
+        for _ in range(3 * sys.getrecursionlimit()):
+            done = threading.Event()
+            engine.engine.call(lambda core, done=done: done.set())
+            assert done.wait(60)
+    finally:
+        engine.close()
