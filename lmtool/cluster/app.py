@@ -19,7 +19,7 @@ from lmtool.cluster.fleet import Fleet
 from lmtool.cluster.forward import Forward, Question
 from lmtool.cluster.prefixes import read_prompt
 from lmtool.cluster.replica_figures import merged
-from lmtool.server.app import guard
+from lmtool.server.app import empty_app, guard
 from lmtool.server.config import ServerConfig
 from lmtool.server.documents import Health, Models, Version, answers_documented
 from lmtool.server.errors import Refusal
@@ -90,14 +90,7 @@ class FrontContext:
 
 def create_front(context: FrontContext) -> FastAPI:
     config = context.config
-    app = FastAPI(
-        title="lmtool",
-        version=__version__,
-        description="OpenAI-compatible servers of several models behind one address.",
-        openapi_url=None if config.disable_docs else "/openapi.json",
-        docs_url=None if config.disable_docs else "/docs",
-        redoc_url=None,
-    )
+    app = empty_app(config, "OpenAI-compatible servers of several models behind one address.")
     app.include_router(_forwarding(context))
     app.include_router(_status(context))
     guard(app, config)

@@ -17,36 +17,17 @@ app.command("api-client")(api_client)
 app.command("gradio")(gradio)
 app.command("proxy")(proxy)
 
-_SERVER = "Server"
+_SERVER = serve_options.SERVER
 _LIMITS = "Limits"
 
-ServerName = Annotated[
-    str, typer.Option("--server-name", "--host", help="Address to listen on.", rich_help_panel=_SERVER)
-]
-ServerPort = Annotated[
-    int, typer.Option("--server-port", "--port", help="Port; 0: a free one.", rich_help_panel=_SERVER)
-]
 ModelName = Annotated[
     list[str] | None,
     typer.Option(help="What clients call the model; may be given several times.", rich_help_panel=_SERVER),
 ]
-ApiKeys = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--api-keys", "--api-key", help="Ask clients for one of these; several times.", rich_help_panel=_SERVER
-    ),
-]
-AllowOrigins = Annotated[
-    list[str] | None,
-    typer.Option(help="Pages of these origins may ask (CORS; default: none).", rich_help_panel=_SERVER),
-]
-SslKeyfile = Annotated[str | None, typer.Option(help="Key for https (PEM).", rich_help_panel=_SERVER)]
-SslCertfile = Annotated[str | None, typer.Option(help="Certificate for https (PEM).", rich_help_panel=_SERVER)]
 HttpProcesses = Annotated[
     int | None,
     typer.Option(help="That take requests and write answers (default: 1, on a GPU 4).", rich_help_panel=_SERVER),
 ]
-LogRequests = Annotated[bool, typer.Option("--log-requests", help="A line for each request.", rich_help_panel=_SERVER)]
 DisableDocs = Annotated[
     bool,
     typer.Option("--disable-docs", "--disable-fastapi-docs", help="No OpenAPI page.", rich_help_panel=_SERVER),
@@ -79,15 +60,15 @@ def api_server(
     model: options.Model,
     *,
     config: serve_options.Config = None,
-    server_name: ServerName = "127.0.0.1",
-    server_port: ServerPort = 23333,
+    server_name: serve_options.ServerName = "127.0.0.1",
+    server_port: serve_options.ServerPort = 23333,
     model_name: ModelName = None,
-    api_keys: ApiKeys = None,
-    allow_origins: AllowOrigins = None,
-    ssl_keyfile: SslKeyfile = None,
-    ssl_certfile: SslCertfile = None,
+    api_keys: serve_options.ApiKeys = None,
+    allow_origins: serve_options.AllowOrigins = None,
+    ssl_keyfile: serve_options.SslKeyfile = None,
+    ssl_certfile: serve_options.SslCertfile = None,
     http_processes: HttpProcesses = None,
-    log_requests: LogRequests = False,
+    log_requests: serve_options.LogRequests = False,
     disable_docs: DisableDocs = False,
     max_queue: MaxQueue = 1024,
     request_timeout: RequestTimeout = 600.0,

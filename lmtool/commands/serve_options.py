@@ -7,6 +7,8 @@ import typer
 
 from lmtool.commands.settings_file import read_settings
 
+SERVER = "Server"
+
 Config = Annotated[
     Path | None,
     typer.Option(
@@ -29,3 +31,22 @@ MaxBatchSize = Annotated[
         rich_help_panel="Engine",
     ),
 ]
+ServerName = Annotated[
+    str, typer.Option("--server-name", "--host", help="Address to listen on.", rich_help_panel=SERVER)
+]
+ServerPort = Annotated[
+    int, typer.Option("--server-port", "--port", help="Port; 0: a free one.", rich_help_panel=SERVER)
+]
+ApiKeys = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--api-keys", "--api-key", help="Ask clients for one of these; several times.", rich_help_panel=SERVER
+    ),
+]
+AllowOrigins = Annotated[
+    list[str] | None,
+    typer.Option(help="Pages of these origins may ask (CORS; default: none).", rich_help_panel=SERVER),
+]
+SslKeyfile = Annotated[str | None, typer.Option(help="Key for https (PEM).", rich_help_panel=SERVER)]
+SslCertfile = Annotated[str | None, typer.Option(help="Certificate for https (PEM).", rich_help_panel=SERVER)]
+LogRequests = Annotated[bool, typer.Option("--log-requests", help="A line for each request.", rich_help_panel=SERVER)]

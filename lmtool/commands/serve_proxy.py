@@ -6,10 +6,11 @@ from typing import Annotated
 
 import typer
 
+from lmtool.commands import serve_options
 from lmtool.commands.settings_file import read_settings
 from lmtool.errors import ConfigError, InputError
 
-_SERVER = "Server"
+_SERVER = serve_options.SERVER
 
 
 def _hear_environment(ctx: typer.Context, path: Path | None) -> Path | None:
@@ -39,23 +40,8 @@ Models = Annotated[
 RayAddress = Annotated[
     str | None, typer.Option(help="A Ray cluster: auto or HOST:PORT (default: one of its own on this machine).")
 ]
-Host = Annotated[str, typer.Option("--server-name", "--host", help="Address to listen on.", rich_help_panel=_SERVER)]
-Port = Annotated[int, typer.Option("--server-port", "--port", help="Port; 0: a free one.", rich_help_panel=_SERVER)]
-ApiKeys = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--api-keys", "--api-key", help="Ask clients for one of these; several times.", rich_help_panel=_SERVER
-    ),
-]
-AllowOrigins = Annotated[
-    list[str] | None,
-    typer.Option(help="Pages of these origins may ask (CORS; default: none).", rich_help_panel=_SERVER),
-]
-SslKeyfile = Annotated[str | None, typer.Option(help="Key for https (PEM).", rich_help_panel=_SERVER)]
-SslCertfile = Annotated[str | None, typer.Option(help="Certificate for https (PEM).", rich_help_panel=_SERVER)]
 DrainTimeout = Annotated[float, typer.Option(help="Seconds for answers under way at SIGTERM.", rich_help_panel=_SERVER)]
 MaxBodyMb = Annotated[float | None, typer.Option(help="Of one request (default: 64).", rich_help_panel=_SERVER)]
-LogRequests = Annotated[bool, typer.Option("--log-requests", help="A line for each request.", rich_help_panel=_SERVER)]
 DisableDocs = Annotated[bool, typer.Option("--disable-docs", help="No OpenAPI page.", rich_help_panel=_SERVER)]
 
 
@@ -64,15 +50,15 @@ def proxy(
     config: ModelsFile = None,
     model: Models = None,
     ray_address: RayAddress = None,
-    server_name: Host = "127.0.0.1",
-    server_port: Port = 23333,
-    api_keys: ApiKeys = None,
-    allow_origins: AllowOrigins = None,
-    ssl_keyfile: SslKeyfile = None,
-    ssl_certfile: SslCertfile = None,
+    server_name: serve_options.ServerName = "127.0.0.1",
+    server_port: serve_options.ServerPort = 23333,
+    api_keys: serve_options.ApiKeys = None,
+    allow_origins: serve_options.AllowOrigins = None,
+    ssl_keyfile: serve_options.SslKeyfile = None,
+    ssl_certfile: serve_options.SslCertfile = None,
     drain_timeout: DrainTimeout = 30.0,
     max_body_mb: MaxBodyMb = None,
-    log_requests: LogRequests = False,
+    log_requests: serve_options.LogRequests = False,
     disable_docs: DisableDocs = False,
 ) -> None:
     """Several models behind one OpenAI address, each with replicas that Ray Serve places and keeps alive.

@@ -1,4 +1,4 @@
-"""Where a batch is run. Today: in this process. Knows no scheduling."""
+"""Where a batch is run: in this process, and in those of the other ranks. Knows no scheduling."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol

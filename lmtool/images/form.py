@@ -1,20 +1,22 @@
 """`ImageForm`: how a model wants its pictures, read from its folder. Does not know what a vision tower is."""
 
-import json
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lmtool.errors import CheckpointError
 from lmtool.images import llava_config
 from lmtool.images.prepared import PreparedImage
+from lmtool.json_file import json_object
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 MANIFEST = "lmtool.json"  # a workspace's; the room that writes it lies above this one
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
+_json = partial(json_object, refusal=CheckpointError)
 
 
 class ImageForm(Protocol):
@@ -82,7 +84,7 @@ def tower_folder(folder: Path, name: str) -> Path | None:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    return _json(folder / MANIFEST).get("config") or _json(folder / "config.json")
+    return _json(folder / MANIFEST).get("config") or json_object(folder / "config.json", CheckpointError)
 
 
 def _tower_name(config: Mapping[str, Any]) -> str:
@@ -95,20 +97,7 @@ def _architecture(config: Mapping[str, Any]) -> str | None:
 
 def _processor(folder: Path) -> Mapping[str, Any]:
     """What newer releases of transformers write goes before what older ones wrote."""
-    found = _json(folder / PROCESSOR).get("image_processor") or _json(folder / PREPROCESSOR)
+    found = _json(folder / PROCESSOR).get("image_processor") or json_object(folder / PREPROCESSOR, CheckpointError)
     if not found:
         raise CheckpointError(f"{folder} has no {PREPROCESSOR}", "download it: it says how pictures are cut")
     return found
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """{} where there is no such file."""
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}", "download that file again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is not a JSON object", "download that file again")
-    return value

@@ -24,16 +24,21 @@ from lmtool.server.validation import of_validation
 _NOBODY = 499  # nginx's word for a client that did not wait
 
 
-def create_app(context: ServerContext) -> FastAPI:
-    config = context.config
-    app = FastAPI(
+def empty_app(config: ServerConfig, description: str) -> FastAPI:
+    """Without routes; its pages about itself where they are wanted."""
+    return FastAPI(
         title="lmtool",
         version=__version__,
-        description="An OpenAI-compatible server of one model.",
+        description=description,
         openapi_url=None if config.disable_docs else "/openapi.json",
         docs_url=None if config.disable_docs else "/docs",
         redoc_url=None,
     )
+
+
+def create_app(context: ServerContext) -> FastAPI:
+    config = context.config
+    app = empty_app(config, "An OpenAI-compatible server of one model.")
     for router in (
         chat_router,
         completion_router,

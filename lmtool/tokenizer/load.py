@@ -3,8 +3,8 @@
 Does not know how any of the files is read.
 """
 
-import json
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from lmtool.checkpoint.gguf_file import GgufFile
 from lmtool.checkpoint.manifest import MANIFEST, workspace_of
 from lmtool.errors import TokenizerError
 from lmtool.images import llava_config
+from lmtool.json_file import json_object
 from lmtool.tokenizer import bpe, chat_template, sentencepiece_model, tiktoken_model
 from lmtool.tokenizer.tokenizer import Tokenizer
 from lmtool.tokenizer.vocabulary import Vocabulary
@@ -21,6 +22,7 @@ END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<eoa>", "<|end|>")
 # their remote tokenizers are sentencepiece; a converted tokenizer.json gives other ids
 SENTENCEPIECE_ARCHITECTURES = ("InternLMForCausalLM", "InternLM2ForCausalLM")
 IMAGE_TOKENS = dict.fromkeys((*llava_config.OF_TRANSFORMERS, *llava_config.ORIGINALS), "<image>")
+_json = partial(json_object, refusal=TokenizerError)
 
 
 def load_tokenizer(path: Path, *, chat_template: str | None = None) -> Tokenizer:
@@ -77,19 +79,6 @@ def _from_folder(folder: Path, template_choice: str | None) -> Tokenizer:
         image_token=IMAGE_TOKENS.get(architecture or ""),
         source=str(folder),
     )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """{} where there is no such file."""
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TokenizerError(f"{path} cannot be read as JSON: {error}", "download that file again") from error
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path} is not a JSON object", "download that file again")
-    return value
 
 
 def _folder_vocabulary(

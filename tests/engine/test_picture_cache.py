@@ -1,19 +1,15 @@
 """What the cache knows of pictures: found again wherever they lie among its blocks, on the device and in host memory,
 never taken for one another, and the same answers whatever became of their blocks meanwhile."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from lmtool.engine.core import EngineCore
 from lmtool.engine.kv_cache import BLOCK_SIZE, block_bytes
 from lmtool.images.form import ImageForm
-from lmtool.images.prepared import PreparedImage
 from lmtool.models.decoder import Decoder
-from lmtool.models.llava import LlavaTower
 from tests.engine.test_pictures import Prompt, request
 from tests.models.test_llava import load, picture
 from tests.support import run_all, tiny_core
@@ -28,19 +24,6 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     folder: Path = tmp_path_factory.mktemp("llava")
     tiny_llava(folder)
     return load(folder)
-
-
-@pytest.fixture
-def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many pictures each call of the tower was given."""
-    encode, counts = LlavaTower.encode, []
-
-    def counting(tower: LlavaTower, images: Sequence[PreparedImage]) -> list[torch.Tensor]:
-        counts.append(len(images))
-        return encode(tower, images)
-
-    monkeypatch.setattr(LlavaTower, "encode", counting)
-    return counts
 
 
 def text(count: int, first: int = 0) -> list[int]:

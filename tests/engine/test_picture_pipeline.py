@@ -1,20 +1,17 @@
 """Pictures through `pipeline`, as its users know it: what is wrong with one is one line, and touches nobody else."""
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from lmtool import EngineConfig, GenerationConfig, pipeline
 from lmtool.engine.pipeline import Pipeline
 from lmtool.errors import LmtoolError, RequestError
-from lmtool.images.prepared import PreparedImage
-from lmtool.models.llava import LlavaTower
 from lmtool.vl import load_image
 from tests.hub_llava import hub_llava
 from tests.models.test_llava import picture
@@ -164,19 +161,6 @@ def test_whatever_is_asked_of_an_answer_beside_a_picture_is_as_alone(pipe: Pipel
 
 
 # ------------------------------------------------------------------ conversations
-
-
-@pytest.fixture
-def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many pictures each call of the tower was given."""
-    encode, counts = LlavaTower.encode, []
-
-    def counting(tower: LlavaTower, images: Sequence[PreparedImage]) -> list[torch.Tensor]:
-        counts.append(len(images))
-        return encode(tower, images)
-
-    monkeypatch.setattr(LlavaTower, "encode", counting)
-    return counts
 
 
 def test_a_turn_computes_what_is_new_and_sees_each_picture_once(encoded: list[int], tmp_path: Path) -> None:
