@@ -49,7 +49,8 @@ class Proxy(Process):
 
 def processes(root: int) -> dict[int, str]:
     """Command lines of all that a process and its children have started."""
-    table = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    command = ["ps", "-ww", "-eo", "pid=,ppid=,args="]  # whole lines, whatever COLUMNS says
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     rows = [line.split(None, 2) for line in table.splitlines()]
     found, todo = {}, [root]
     while todo:
