@@ -63,12 +63,14 @@ class Metrics:
     def take(self, piece: Response, before: Response | None) -> None:
         """A piece of an answer, and the one before it."""
         assert piece.duration_s is not None
-        if before is None or before.time_to_first_token_s is None:
-            if piece.time_to_first_token_s is not None:
-                self._first_token.observe(piece.time_to_first_token_s)
-        elif piece.token_ids and before.duration_s is not None:
-            num_tokens = len(piece.token_ids)
-            self._next_token.observe_many((piece.duration_s - before.duration_s) / num_tokens, num_tokens)
+        since = before.duration_s if before is not None and before.time_to_first_token_s is not None else None
+        num_gaps = len(piece.token_ids)
+        if since is None and piece.time_to_first_token_s is not None:
+            since = piece.time_to_first_token_s
+            self._first_token.observe(since)
+            num_gaps -= 1  # others may have come with the first
+        if since is not None and num_gaps > 0:
+            self._next_token.observe_many((piece.duration_s - since) / num_gaps, num_gaps)
         if piece.finish_reason is not None:
             self._whole.observe(piece.duration_s)
             self._prompt_tokens.observe(piece.num_prompt_tokens)

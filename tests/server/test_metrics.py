@@ -59,6 +59,25 @@ def test_tokens_that_came_together_are_as_many_observations():
     assert found["request_success_total/length"] == 1
 
 
+def test_tokens_that_came_with_the_first_are_gaps_too():
+    metrics = Metrics("m", lambda: (INFO, STATS))
+    metrics.take(
+        Response(
+            token_ids=[1, 2, 3],
+            num_prompt_tokens=9,
+            num_generated_tokens=3,
+            time_to_first_token_s=0.3,
+            duration_s=0.3,
+            finish_reason="length",
+        ),
+        None,
+    )
+    found = samples(metrics)
+    assert found["time_to_first_token_seconds_count"] == 1
+    assert found["inter_token_latency_seconds_count"] == 2
+    assert found["inter_token_latency_seconds_bucket/0.001"] == 2
+
+
 def test_a_bound_belongs_to_its_bucket():
     metrics = Metrics("m", lambda: None)
     metrics._next_token.observe_many(0.05, 3)
