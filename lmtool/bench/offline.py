@@ -99,11 +99,14 @@ def wants_prefix_cache(workloads: Sequence[Workload]) -> bool:
     return bool(sharing)
 
 
-def engine_cost(loaded: LoadedEngine) -> Cost | None:
-    """The cache's bytes per token are the plan's own; None where the weights' storage is not known here."""
+def engine_cost(loaded: LoadedEngine, num_ranks: int = 1) -> Cost | None:
+    """Of all ranks together. The cache's bytes per token are the plan's own, which is one rank's; None where the
+    weights' storage is not known here.
+    """
     plan, model = loaded.plan, loaded.model
-    elements = 2 * model.num_layers * model.num_kv_heads * model.head_dim
-    return model_cost(model, loaded.weights, plan.block_bytes / plan.block_size / elements)
+    elements = 2 * model.num_layers * max(1, model.num_kv_heads // num_ranks) * model.head_dim
+    weights = loaded.weights.removesuffix(f", in {num_ranks} parts")
+    return model_cost(model, weights, plan.block_bytes / plan.block_size / elements)
 
 
 # ---------------------------------------------------------------------- one run
@@ -150,6 +153,7 @@ def measure(
     workload: Workload,
     *,
     max_batch_size: int,
+    num_ranks: int = 1,
     limits: Limits | None = None,
     repeats: int = 3,
     warm_up: int = 1,
@@ -157,7 +161,8 @@ def measure(
 ) -> Result:
     """Run the workload ``warm_up`` + ``repeats`` times, each with prompts of its own; figures beside their limits.
 
-    max_batch_size: what the engine was loaded with; the ideal machine has the same, and the same token budget.
+    max_batch_size, num_ranks: what the engine was loaded with; the ideal machine has the same, and the same token
+    budget. limits: of one device.
     """
     core, vocab_size = loaded.core, loaded.model.vocab_size
     num_new_tokens = [size.num_new_tokens for size in workload.sizes]
@@ -169,7 +174,7 @@ def measure(
         once(seed + repeats + i)
     preempted_before = core.scheduler.counters.num_preemptions
     runs = [once(seed + i) for i in range(repeats)]
-    ideal, work = _ideal(loaded, workload, max_batch_size, limits)
+    ideal, work = _ideal(loaded, workload, max_batch_size, num_ranks, limits)
     by_duration = sorted(runs, key=lambda run: run.duration_s)
     return Result(
         name=workload.name,
@@ -186,16 +191,18 @@ def measure(
 
 
 def _ideal(
-    loaded: LoadedEngine, workload: Workload, max_batch_size: int, limits: Limits | None
+    loaded: LoadedEngine, workload: Workload, max_batch_size: int, num_ranks: int, limits: Limits | None
 ) -> tuple[Run | None, Work | None]:
-    cost = engine_cost(loaded)
+    """Ranks on GPUs have one each; those of a CPU share it."""
+    cost = engine_cost(loaded, num_ranks)
     if limits is None or cost is None:
         return None, None
+    num_devices = num_ranks if loaded.device.type == "cuda" else 1
     return ideal_run(
         workload,
         cost,
-        limits.read_bytes_per_s,
-        limits.matmul_flops_per_s,
+        limits.read_bytes_per_s * num_devices,
+        limits.matmul_flops_per_s * num_devices,
         max_batch_size=max_batch_size,
         max_batched_tokens=loaded.core.scheduler.max_batched_tokens,
     )

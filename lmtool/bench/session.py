@@ -79,6 +79,8 @@ class Plan:
 
 def run_offline(plan: Plan, config: EngineConfig, *, json_file: str | None = None, png: Path | None = None) -> Report:
     """Tables on stdout (stderr where the JSON goes to stdout), what is being done on stderr."""
+    if plan.against and config.tp > 1:
+        raise ConfigError(f"--tp is {config.tp}, and transformers runs as one process", "leave out --against or --tp")
     wanted = plan.workloads()
     offline.wants_prefix_cache(wanted)
     outputs.check(json_file, png)
@@ -129,6 +131,7 @@ def _measure(
                     loaded,
                     workload,
                     max_batch_size=config.max_batch_size,
+                    num_ranks=config.tp,
                     limits=measured,
                     repeats=plan.repeats,
                     warm_up=plan.warm_up,

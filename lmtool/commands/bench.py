@@ -57,6 +57,7 @@ def offline(
     seed: Seed = 0,
     device: options.Device = options.ENGINE_DEFAULTS.device,
     dtype: options.Dtype = options.ENGINE_DEFAULTS.dtype,
+    tp: options.Tp = None,
     max_batch_size: options.MaxBatchSize = None,
     quant_policy: options.QuantPolicy = None,
     kv_dtype: options.KvDtype = None,
@@ -88,6 +89,7 @@ def offline(
     engine = options.engine_config(
         device=device,
         dtype=dtype,
+        tp=tp,
         max_batch_size=max_batch_size,
         quant_policy=quant_policy,
         kv_dtype=kv_dtype,

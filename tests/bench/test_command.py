@@ -58,6 +58,16 @@ def test_offline_against_transformers(capsys: pytest.CaptureFixture[str]) -> Non
     assert "transformers (best dtype)" in captured.err
 
 
+def test_offline_on_several_ranks(tmp_path: Path) -> None:
+    path = tmp_path / "tp.json"
+    assert _main(f"{SMALL} --tp 2 --batches 3 --input-len 12 --output-len 5 --warm-up 0", "--json", path) == 0
+    values = json.loads(path.read_text())
+    assert values["weights"] == "float32, in 2 parts"
+    assert values["settings"]["engine"]["tp"] == 2
+    assert values["results"][0]["num_generated_tokens"] == 15
+    assert 0 < values["results"][0]["metrics"]["output_tokens_per_s"]["ratio"] < 1, "stands beside its limit"
+
+
 def test_limits(capsys: pytest.CaptureFixture[str]) -> None:
     assert _main("bench limits --device cpu") == 0
     assert "GB/s" in capsys.readouterr().out
@@ -82,6 +92,7 @@ def test_reports_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         ("offline --model no-such-model", "'no-such-model' is no folder"),
         ("offline --against vllm", "--against 'vllm' is not known; give transformers"),
         ("offline --against transformers --mix chat100", "leave --mix out"),
+        ("offline --against transformers --tp 2", "--tp is 2, and transformers runs as one process"),
         ("offline --mix chta", "--mix 'chta' is not known; give static, chat"),
         ("offline --mix static,shared-prefix4", "run it by itself"),
         ("offline --batches 1,x", "--batches is '1,x'; give numbers with commas"),

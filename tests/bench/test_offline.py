@@ -104,6 +104,10 @@ def test_the_bytes_of_the_cache_are_the_engines_own(tiny: LoadedEngine) -> None:
     assert cost is not None
     assert cost.kv_bytes_per_token == 2 * 2 * 2 * 16 * 4  # K and V, layers, heads, head_dim, float32
     assert offline.engine_cost(replace(tiny, weights="int3")) is None
+    of_two = replace(
+        tiny, weights="float32, in 2 parts", plan=replace(tiny.plan, block_bytes=tiny.plan.block_bytes // 2)
+    )
+    assert offline.engine_cost(of_two, 2) == cost, "a rank's cache holds half of each token"
 
 
 def test_a_shape_that_does_not_fit_is_refused_before_it_is_made() -> None:
