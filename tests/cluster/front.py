@@ -6,17 +6,14 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
-import httpx
-import openai
-
 from lmtool.cluster.app import FrontContext, create_front
 from lmtool.cluster.directory import Listing, Record
 from lmtool.cluster.fleet import Fleet
 from lmtool.cluster.forward import replica_session
 from lmtool.server.config import ServerConfig
 from lmtool.server.http_process import uvicorn_server
-from lmtool.server.supervisor import address_of, bind
-from tests.server.serving import TIMEOUT_S
+from lmtool.server.supervisor import bind
+from tests.server.serving import TIMEOUT_S, OnThread
 
 KEY = "between front and replica"
 
@@ -25,16 +22,14 @@ def record(name: str, url: str, model: str = "one", **settings: Any) -> Record:
     return Record(name, model, url, KEY, **{"is_ready": True, "num_starts": 1, "cache_tokens": 4096, **settings})
 
 
-class Front:
+class Front(OnThread):
     """``with Front("one", "two") as front``; then `list` says who there is."""
 
     def __init__(self, *models: str, **config: Any) -> None:
+        super().__init__()
         self._models = models
         self._config = ServerConfig(port=0, **config)
-        self._up = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
         self.context: FrontContext
-        self.url = ""
 
     async def _run(self) -> None:
         async def look() -> Listing:
@@ -44,14 +39,7 @@ class Front:
         async with replica_session() as session:
             self.context = FrontContext(self._config, Fleet(self._models, look), session)
             [door] = bind(self._config)
-            self.url = address_of(self._config, door)
-            self._server = uvicorn_server(create_front(self.context), self._config)
-            serving = asyncio.create_task(self._server.serve([door]))
-            while not self._server.started:
-                await asyncio.sleep(0.01)
-            self._up.set()
-            await serving
-        await asyncio.sleep(0)
+            await self._serve(uvicorn_server(create_front(self.context), self._config), door)
 
     def do(self, action: Callable[[], Any]) -> Any:
         """On the front's own thread."""
@@ -63,24 +51,6 @@ class Front:
 
     def list(self, *records: Record) -> None:
         self.do(lambda: self.context.fleet.take_listing(Listing(list(records), [])))
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        assert self._up.wait(TIMEOUT_S)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._server.should_exit = True
-        self._thread.join(TIMEOUT_S)
-        assert not self._thread.is_alive()
-
-    def openai(self, key: str = "none") -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, timeout=TIMEOUT_S, max_retries=0)
-
-    def http(self, **settings: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=TIMEOUT_S, **settings)
 
 
 class BadReplica:

@@ -1,6 +1,7 @@
 """A real uvicorn with the whole application, on a thread and a free port, for tests that use real clients."""
 
 import asyncio
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -12,7 +13,10 @@ import openai
 import uvicorn
 
 from lmtool.server.app import create_app
+from lmtool.server.config import ServerConfig
 from lmtool.server.context import ServerContext
+from lmtool.server.http_process import uvicorn_server
+from lmtool.server.supervisor import bind
 from tests.server.support import EngineInThread, tiny_context, tiny_engine
 
 TIMEOUT_S = 120.0  # generous: the machine is shared
@@ -25,31 +29,27 @@ def wait_until(condition: Callable[[], object]) -> None:
         time.sleep(0.005)
 
 
-class Serving:
-    """``with Serving(max_queue=3) as server``. engine: the caller closes it; config: of `ServerConfig`."""
+class OnThread:
+    """A server on a thread of its own, as long as the block lasts. `_run` sets ``url`` and ``_server``, and serves."""
 
-    def __init__(self, engine: EngineInThread | None = None, **config: Any) -> None:
-        self._own = engine is None
-        self.engine = engine or tiny_engine()
-        self._config = config
+    def __init__(self) -> None:
         self._up = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
-        self.context: ServerContext
+        self._server: uvicorn.Server
         self.url = ""
 
     async def _run(self) -> None:
-        async with tiny_context(self.engine, **self._config) as context:
-            self.context = context
-            server = uvicorn.Server(uvicorn.Config(create_app(context), port=0, log_level="warning", lifespan="off"))
-            server.install_signal_handlers = lambda: None  # type: ignore[method-assign]
-            self._server = server
-            serving = asyncio.create_task(server.serve())
-            while not server.started:
-                await asyncio.sleep(0.01)
-            port = server.servers[0].sockets[0].getsockname()[1]
-            self.url = f"http://127.0.0.1:{port}"
-            self._up.set()
-            await serving
+        raise NotImplementedError
+
+    async def _serve(self, server: uvicorn.Server, door: socket.socket) -> None:
+        """Until the block's end."""
+        self._server = server
+        self.url = f"http://127.0.0.1:{door.getsockname()[1]}"
+        serving = asyncio.create_task(server.serve([door]))
+        while not server.started:
+            await asyncio.sleep(0.01)
+        self._up.set()
+        await serving
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -61,11 +61,34 @@ class Serving:
     ) -> None:
         self._server.should_exit = True
         self._thread.join(TIMEOUT_S)
-        if self._own:
-            self.engine.close()
+        assert not self._thread.is_alive()
 
     def openai(self, key: str = "none") -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, timeout=TIMEOUT_S, max_retries=0)
 
     def http(self, **settings: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=TIMEOUT_S, **settings)
+
+
+class Serving(OnThread):
+    """``with Serving(max_queue=3) as server``. engine: the caller closes it; config: of `ServerConfig`."""
+
+    def __init__(self, engine: EngineInThread | None = None, **config: Any) -> None:
+        super().__init__()
+        self._own = engine is None
+        self.engine = engine or tiny_engine()
+        self._config = config
+        self.context: ServerContext
+
+    async def _run(self) -> None:
+        async with tiny_context(self.engine, **self._config) as context:
+            self.context = context
+            [door] = bind(ServerConfig(port=0))
+            await self._serve(uvicorn_server(create_app(context), context.config), door)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        if self._own:
+            self.engine.close()
