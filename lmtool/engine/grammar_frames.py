@@ -1,16 +1,11 @@
-"""What an engine and the processes that follow its grammars say to each other: msgpack in frames, over a Unix socket.
+"""What an engine and the processes that follow its grammars say to each other, in frames over a Unix socket.
 
-A frame is its length, four bytes, and so many bytes. Knows neither xgrammar nor torch.
+Knows neither xgrammar nor torch.
 """
-
-import socket
-from typing import TypeVar
 
 import msgspec
 
 from lmtool.tokenizer import Tokenizer
-
-_LENGTH = 4
 
 
 class GrammarVocabulary(msgspec.Struct, frozen=True):
@@ -86,50 +81,3 @@ class Refused(msgspec.Struct, tag=True):
 
 Order = Source | Open | Step | Close
 Reply = Begun | Compiled | Allowed | Refused
-
-_T = TypeVar("_T")
-
-
-def frame(message: msgspec.Struct) -> bytes:
-    payload = msgspec.msgpack.encode(message)
-    return len(payload).to_bytes(_LENGTH, "big") + payload
-
-
-class Frames:
-    """Bytes as they come → whole messages."""
-
-    def __init__(self) -> None:
-        self._bytes = bytearray()
-
-    def feed(self, data: bytes, kind: type[_T]) -> list[_T]:
-        self._bytes += data
-        found = []
-        while (message := self._next()) is not None:
-            found.append(msgspec.msgpack.decode(message, type=kind))
-        return found
-
-    def _next(self) -> bytes | None:
-        end = _LENGTH + int.from_bytes(self._bytes[:_LENGTH], "big")
-        if len(self._bytes) < max(end, _LENGTH + 1):
-            return None
-        message = bytes(self._bytes[_LENGTH:end])
-        del self._bytes[:end]
-        return message
-
-
-def receive(connection: socket.socket, kind: type[_T]) -> _T | None:
-    """The next message, waited for; None where the other end is gone."""
-    head = _exactly(connection, _LENGTH)
-    payload = _exactly(connection, int.from_bytes(head, "big")) if head else b""
-    return msgspec.msgpack.decode(payload, type=kind) if payload else None
-
-
-def _exactly(connection: socket.socket, count: int) -> bytes:
-    """b'' where the other end is gone before so many bytes came."""
-    data = bytearray()
-    while len(data) < count:
-        more = connection.recv(count - len(data))
-        if not more:
-            return b""
-        data += more
-    return bytes(data)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import msgspec
 
 from lmtool.engine.constraint import Constraint
-from lmtool.engine.grammar_frames import Allowed, Close, Frames, Open, Refused, Reply, Source, Step, frame
+from lmtool.engine.frames import Codec
+from lmtool.engine.grammar_frames import Allowed, Close, Open, Refused, Reply, Source, Step
 from lmtool.engine.grammar_source import GrammarSource
 from lmtool.errors import EngineError, LmtoolError, RequestError
 
@@ -48,7 +49,7 @@ class GrammarProcess:
         self.answers: dict[int, Constraint] = {}
         self._limits = limits
         self._numbers = itertools.count()
-        self._frames = Frames()
+        self._codec = Codec(Reply)
         self._awaited = deque(["start"])  # what the replies that are still to come tell
         self._since = time.monotonic()  # the first of them is the next
         self._order(Source(source.kind, source.text, source.closed, limits.memory_bytes), "compile")
@@ -73,7 +74,7 @@ class GrammarProcess:
                 self._since = time.monotonic()
             self._awaited.append(awaited)
         with contextlib.suppress(OSError):  # it is gone, or takes nothing in: `receive` or `overdue` says so
-            self.connection.sendall(frame(message))
+            self.connection.sendall(self._codec.encode(message))
 
     # ------------------------------------------------------------------ replies
     @property
@@ -94,7 +95,8 @@ class GrammarProcess:
             data = b""
         if not data:
             raise self._gone()
-        replies: list[Reply] = self._frames.feed(data, Reply)  # type: ignore[arg-type]
+        # all are taken before the first is acted on: one that ends them all leaves nothing half read
+        replies = list(self._codec.feed(data))
         return [constraint for constraint in map(self._take, replies) if constraint is not None]
 
     def _take(self, reply: Reply) -> Constraint | None:

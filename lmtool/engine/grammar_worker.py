@@ -5,6 +5,7 @@ grammar and follows the answers in it: C++ over what strangers wrote. One that c
 takes with it the answers of that grammar, and nothing else. Every process ends when the engine closes its connection.
 """
 
+import contextlib
 import os
 import queue
 import re
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from lmtool.engine.frames import Frames
 from lmtool.engine.grammar_frames import (
     Allowed,
     Begun,
@@ -31,8 +33,6 @@ from lmtool.engine.grammar_frames import (
     Reply,
     Source,
     Step,
-    frame,
-    receive,
 )
 
 _LOG_PREFIX = re.compile(r"^\[[\d:]+\] \S+:\d+: ")
@@ -44,8 +44,9 @@ _NOT_WHOLE = "check it with a JSON schema validator, or a regular expression's o
 def main(control_fd: int) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the processes
     control = socket.socket(fileno=control_fd)
-    vocabulary = receive(control, GrammarVocabulary)
-    if vocabulary is None:
+    try:
+        vocabulary = Frames(control, GrammarVocabulary).receive()
+    except EOFError:
         return
     compiler = _compiler(vocabulary)
     while True:
@@ -79,28 +80,28 @@ def _compiler(vocabulary: GrammarVocabulary) -> Any | None:
 def _serve(connection: socket.socket, compiler: Any | None, vocabulary: GrammarVocabulary) -> None:
     """One grammar's process. Another thread reads, so that the engine's leaving is noticed in the middle of C++."""
     orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(connection, orders), daemon=True).start()
-    connection.sendall(frame(Begun()))
+    frames = Frames(connection, Order)
+    threading.Thread(target=_listen, args=(frames, orders), daemon=True).start()
+    frames.send(Begun())
     source = orders.get()
     assert isinstance(source, Source), "the first order"
     _limit_memory(source.memory_bytes)
     try:
         answers = _Answers(_compiled(compiler, source), vocabulary)
     except _RefusedError as error:
-        connection.sendall(frame(error.reply))
+        frames.send(error.reply)
         return
-    connection.sendall(frame(Compiled()))
+    frames.send(Compiled())
     while True:
         reply = answers.take(orders.get())
         if reply is not None:
-            connection.sendall(frame(reply))
+            frames.send(reply)
 
 
-def _listen(connection: socket.socket, orders: "queue.SimpleQueue[Order]") -> None:
-    order: Order | None = receive(connection, Order)  # type: ignore[arg-type]
-    while order is not None:
-        orders.put(order)
-        order = receive(connection, Order)  # type: ignore[arg-type]
+def _listen(frames: Frames, orders: "queue.SimpleQueue[Order]") -> None:
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            orders.put(frames.receive())
     os._exit(0)
 
 

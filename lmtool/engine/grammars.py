@@ -16,7 +16,8 @@ from collections.abc import Callable
 
 from lmtool.child import module_command, module_environment
 from lmtool.engine.constraint import Constraint
-from lmtool.engine.grammar_frames import GrammarVocabulary, frame
+from lmtool.engine.frames import Frames
+from lmtool.engine.grammar_frames import GrammarVocabulary
 from lmtool.engine.grammar_process import GrammarLimits, GrammarProcess
 from lmtool.engine.grammar_source import GrammarSource
 from lmtool.errors import EngineError, LmtoolError, RequestError
@@ -178,7 +179,7 @@ class _Worker:
                     start_new_session=True,  # Ctrl-C is not meant for it
                 )
             self._control = ours
-            ours.sendall(frame(vocabulary))
+            Frames(ours, None).send(vocabulary)
         except LmtoolError as error:
             self._error = error
         except Exception as error:  # nobody may wait for ever

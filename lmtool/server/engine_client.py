@@ -15,11 +15,11 @@ from pathlib import Path
 import msgspec
 
 from lmtool.engine.core import TokenOutput
+from lmtool.engine.frames import Codec
 from lmtool.engine.sequence import Request
 from lmtool.errors import EngineError, LmtoolError
 from lmtool.server.wire import (
     Abort,
-    Codec,
     EngineInfo,
     FromEngine,
     Loading,

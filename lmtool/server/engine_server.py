@@ -15,8 +15,9 @@ import msgspec
 
 from lmtool.engine.async_engine import AsyncEngine
 from lmtool.engine.core import EngineCore, TokenOutput
+from lmtool.engine.frames import Codec
 from lmtool.errors import LmtoolError
-from lmtool.server.wire import Abort, Codec, EngineInfo, Loading, Output, Stats, ToEngine, Tokens
+from lmtool.server.wire import Abort, EngineInfo, Loading, Output, Stats, ToEngine, Tokens
 
 _log = logging.getLogger(__name__)
 _HEARTBEAT_S = 0.5

@@ -1,10 +1,10 @@
-"""What the HTTP processes and the engine's process say to each other: msgpack frames over a Unix socket, no pickle.
+"""What the HTTP processes and the engine's process say to each other, in frames over a Unix socket.
 
-A frame is its length, 4 bytes, little-endian, and a message. Nearly all that comes back are single tokens of many
-requests, so these are columns of numbers (`Tokens`); whatever says more than a token is an `Output`.
+Nearly all that comes back are single tokens of many requests, so these are columns of numbers (`Tokens`); whatever says
+more than a token is an `Output`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +13,6 @@ import msgspec
 from lmtool.engine.core import TokenOutput
 from lmtool.engine.sequence import Request, TokenLogprob
 from lmtool.errors import BY_NAME, EngineError, LmtoolError
-
-_LENGTH_BYTES = 4
 
 
 # ------------------------------------------------------------------ to the engine
@@ -137,29 +135,3 @@ class Output(msgspec.Struct, tag=True, frozen=True, array_like=True):
 
 ToEngine = Submit | Abort
 FromEngine = EngineInfo | Loading | Refused | Stats | Tokens | Output
-
-
-class Codec:
-    """One end of a connection: messages ↔ frames. Not thread-safe. told: the kinds of message that come in."""
-
-    def __init__(self, told: Any) -> None:
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(told)
-        self._buffer = bytearray()
-
-    def encode(self, message: Any) -> bytes:
-        body = self._encoder.encode(message)
-        return len(body).to_bytes(_LENGTH_BYTES, "little") + body
-
-    def feed(self, data: bytes) -> Iterator[Any]:
-        """The messages that ``data`` completes. Raises msgspec.MsgspecError for what is none."""
-        buffer = self._buffer
-        buffer += data
-        start = 0
-        while len(buffer) - start >= _LENGTH_BYTES:
-            end = start + _LENGTH_BYTES + int.from_bytes(buffer[start : start + _LENGTH_BYTES], "little")
-            if end > len(buffer):
-                break
-            yield self._decoder.decode(memoryview(buffer)[start + _LENGTH_BYTES : end])
-            start = end
-        del buffer[:start]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lmtool.engine.constraint import Constraint
-from lmtool.engine.grammar_frames import Frames, GrammarVocabulary, Open, Order, Step, frame
+from lmtool.engine.grammar_frames import GrammarVocabulary
 from lmtool.engine.grammar_process import GrammarLimits
 from lmtool.engine.grammar_source import GrammarSource
 from lmtool.engine.grammars import Grammars
@@ -357,12 +357,3 @@ def test_closing_ends_every_process() -> None:
     until = time.monotonic() + WAIT_S
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         assert time.monotonic() < until, "a process of a grammar outlives its engine"
-
-
-def test_frames_may_come_in_any_pieces() -> None:
-    messages: list[Order] = [Open(1), Step(1, 300), Step(2, 70000)]
-    data = b"".join(map(frame, messages))
-    frames, found = Frames(), list[Order]()
-    for i in range(0, len(data), 3):
-        found += frames.feed(data[i : i + 3], Order)  # type: ignore[arg-type]
-    assert found == messages

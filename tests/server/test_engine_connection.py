@@ -8,10 +8,11 @@ import threading
 import pytest
 
 from lmtool.config import GenerationConfig
+from lmtool.engine.frames import Codec
 from lmtool.errors import EngineError, RequestError
 from lmtool.server.errors import Refusal
 from lmtool.server.generate import Answers
-from lmtool.server.wire import Abort, Codec, Failure, Output, Tokens
+from lmtool.server.wire import Failure, Output
 from tests.server.support import tiny_context, tiny_engine
 
 PROMPT = list(range(100, 170))
@@ -133,14 +134,11 @@ def test_an_answer_has_a_deadline():
     asyncio.run(main())
 
 
-def test_frames_may_come_in_any_pieces():
-    codec = Codec(Tokens | Output | Abort)
-    messages = [Tokens([1, 2], [3, 4]), Abort(7), Output(1, None, "error", failure=Failure.of(RequestError("a", "b")))]
-    data = b"".join(codec.encode(message) for message in messages)
-    for size in (1, 3, len(data)):
-        found = [message for i in range(0, len(data), size) for message in codec.feed(data[i : i + size])]
-        assert found == messages
-    error = messages[2].output().error
+def test_an_error_crosses_as_what_it_is():
+    codec = Codec(Output)
+    failed = Output(1, None, "error", failure=Failure.of(RequestError("a", "b")))
+    (heard,) = codec.feed(codec.encode(failed))
+    error = heard.output().error
     assert (type(error), str(error)) == (RequestError, "a; b")
 
 
