@@ -20,6 +20,7 @@ from lmtool.errors import CheckpointError
 KV_FILE = "kv_cache.safetensors"
 GRANULARITIES = ("tensor", "head", "channel")
 LAST_NORM = "last_norm"
+_ALL = slice(None)
 AGAIN = "make them again with `lmtool lite kv_qparams`"
 
 
@@ -41,9 +42,12 @@ class KvParameters:
     last_norm: Tensor
     about: KvAbout
 
-    def metas(self) -> list[tuple[Tensor, Tensor]]:
-        """k_meta and v_meta of each layer's 'static' cache, float16 [Hkv, 1, 2, D]: scale and smallest number."""
-        return [(_meta(k_scale, k_zero), _meta(v_scale, v_zero)) for k_scale, k_zero, v_scale, v_zero in self.layers]
+    def metas(self, heads: slice = _ALL) -> list[tuple[Tensor, Tensor]]:
+        """k_meta and v_meta of each layer's 'static' cache, float16 [heads, 1, 2, D]: scale and smallest number."""
+        return [
+            (_meta(k_scale[heads], k_zero[heads]), _meta(v_scale[heads], v_zero[heads]))
+            for k_scale, k_zero, v_scale, v_zero in self.layers
+        ]
 
 
 def _meta(scale: Tensor, zero: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from lmtool.layers.weights import W4
 from lmtool.models.config import ModelConfig
 from lmtool.models.decoder import Decoder
 from lmtool.models.loader import load_decoder, read_model_config
+from lmtool.models.shard import Shard
 from lmtool.models.vision import load_tower
 
 _log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ def open_decoder(path: Path, config: EngineConfig, progress: StartProgress | Non
     try:
         model, keep_int4, dtype = how_stored(checkpoint, config, device)
         decoder = load_weights(checkpoint, model, config, dtype, device, keep_int4, progress)
-        bring_kv_parameters(decoder, config, path)
+        bring_kv_parameters(decoder, model, config, path)
     finally:
         checkpoint.close()
     return decoder, stored_as(decoder, keep_int4)
@@ -70,20 +71,20 @@ def _keeps_int4(checkpoint: Checkpoint, config: EngineConfig, device: torch.devi
     return any(checkpoint.dtype(name) in kinds for name in checkpoint.names())
 
 
-def bring_kv_parameters(decoder: Decoder, config: EngineConfig, path: Path) -> None:
-    """Of a static cache, from the workspace. Raises CheckpointError, and ConfigError for another number of ranks."""
+def bring_kv_parameters(decoder: Decoder, model: ModelConfig, config: EngineConfig, path: Path) -> None:
+    """Of a static cache, from the workspace; of a rank those of its heads. model: the whole one.
+
+    Raises CheckpointError, and ConfigError for another number of ranks.
+    """
     if config.kv_choice != "static":
         return
-    model = decoder.config
-    if config.tp > 1:
-        raise ConfigError("--tp: parameters of a static K/V cache are for one rank", "use --kv-dtype int8")
     parameters = read_kv_parameters(path, model.num_layers, model.num_kv_heads, model.head_dim)
     about = parameters.about
     check_last_norm(path, parameters.last_norm, decoder.final_norm.cpu())
-    if about.num_tp != 1:
+    if about.num_tp != config.tp:
         raise ConfigError(
-            f"the K/V parameters of {path} were made for {about.num_tp} ranks, this engine is one",
-            "make them again: lmtool lite kv_qparams --num-tp 1",
+            f"the K/V parameters of {path} are for --tp {about.num_tp}, this engine has --tp {config.tp}",
+            f"make them again: lmtool lite kv_qparams --num-tp {config.tp}",
         )
     session_len = config.session_len or model.max_positions
     if about.granularity == "channel" and session_len > about.seqlen:
@@ -94,7 +95,8 @@ def bring_kv_parameters(decoder: Decoder, config: EngineConfig, path: Path) -> N
             session_len,
             session_len,
         )
-    decoder.kv_parameters = parameters.metas()
+    first, last = Shard(decoder.group.rank, decoder.group.size).kv_heads(model) if decoder.group else (0, None)
+    decoder.kv_parameters = parameters.metas(slice(first, last))
 
 
 def bring_vision(decoder: Decoder, checkpoint: Checkpoint) -> None:

@@ -64,7 +64,7 @@ def stored_part(
             compiling = compile_steps(outline, config, device)
         with closing(compiling) if compiling else nullcontext():
             decoder = load_weights(checkpoint, model, config, dtype, device, keep_int4, progress, group)
-            bring_kv_parameters(decoder, config, path)
+            bring_kv_parameters(decoder, model, config, path)
             bring_vision(decoder, checkpoint)
             yield Part(decoder, model, stored_as(decoder, keep_int4), checkpoint.generation_config, compiling)
 

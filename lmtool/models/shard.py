@@ -60,6 +60,11 @@ class Shard:
         part = count // self.size
         return first + self.rank * part, first + (self.rank + 1) * part
 
+    def kv_heads(self, config: ModelConfig) -> tuple[int, int]:
+        """Its key/value heads, from the first on; where there are fewer than ranks, several have the same one."""
+        first = self.rank * config.num_kv_heads // self.size
+        return first, first + max(1, config.num_kv_heads // self.size)
+
     def rows(self, ours: str, num_names: int, place: int, grouped: bool, config: ModelConfig) -> Ranges | None:
         """Of the stored tensor that is ``place`` of ``num_names`` for one of the loader's names; None: all of it.
 
@@ -80,8 +85,7 @@ class Shard:
         """Rows of this rank's q, k and v where they lie in one tensor."""
         dim, heads, kv_heads = config.head_dim, config.num_heads, config.num_kv_heads
         q_first, q_last = self.even(heads)
-        kv_first = self.rank * kv_heads // self.size
-        kv_last = kv_first + max(1, kv_heads // self.size)
+        kv_first, kv_last = self.kv_heads(config)
         if not grouped:
             k, v = heads, heads + kv_heads
             ranges = [(q_first, q_last), (k + kv_first, k + kv_last), (v + kv_first, v + kv_last)]

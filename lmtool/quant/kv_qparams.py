@@ -55,11 +55,7 @@ def kv_qparams(
             "calibrate the model that the workspace was made of",
         )
     check_last_norm(work_dir / FOLDER, seen[LAST_NORM], norm)
-    if num_tp < 1 or model.num_kv_heads % num_tp:
-        raise ConfigError(
-            f"--num-tp is {num_tp}, the model has {model.num_kv_heads} key/value heads",
-            f"give a divisor of {model.num_kv_heads}",
-        )
+    _check_ranks(num_tp, model.num_kv_heads)
     layers = [
         (
             *_scale_and_zero(seen, f"layers.{i}.k", granularity, symmetric, num_tp),
@@ -69,6 +65,15 @@ def kv_qparams(
     ]
     told = KvAbout(granularity=granularity, symmetric=symmetric, num_tp=num_tp, seqlen=about["text"]["seqlen"])
     return write_kv_parameters(workspace, KvParameters(layers, norm, told)), told
+
+
+def _check_ranks(num_tp: int, num_kv_heads: int) -> None:
+    fewer, more = sorted((num_tp, num_kv_heads))
+    if num_tp < 1 or more % fewer:
+        raise ConfigError(
+            f"--num-tp is {num_tp}, the model has {num_kv_heads} key/value heads",
+            f"give a divisor or a multiple of {num_kv_heads}",
+        )
 
 
 def _calibration(work_dir: Path) -> tuple[dict, dict[str, Tensor]]:  # type: ignore[type-arg]
@@ -102,5 +107,5 @@ def _shared(values: Tensor, granularity: str, num_tp: int, reduce) -> Tensor:  #
         return values
     if granularity == "head":
         return reduce(values, dim=1, keepdim=True).expand_as(values)
-    ranks = values.view(num_tp, -1)
+    ranks = values.view(min(num_tp, len(values)), -1)  # where there are more of them, some share a head
     return reduce(ranks, dim=1, keepdim=True).expand_as(ranks).reshape(values.shape)

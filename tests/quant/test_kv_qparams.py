@@ -18,6 +18,7 @@ from lmtool.errors import CheckpointError, ConfigError
 from lmtool.quant.kv_qparams import kv_qparams
 from lmtool.tokenizer import load_tokenizer
 from tests.quant.models import text_file, tiny_folder
+from tests.support import request, run_all
 from tests.tokenizer_files import SENTENCES
 
 CALIBRATE = "lite calibrate --model model --calib_dataset text.txt --calib_samples 5 --calib_seqlen 32 --work_dir out"
@@ -111,7 +112,7 @@ def test_a_session_longer_than_calibrated_is_warned_about(here: Path, capsys: py
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("--num_tp 3", "--num-tp is 3, the model has 2 key/value heads; give a divisor of 2"),
+        ("--num_tp 3", "--num-tp is 3, the model has 2 key/value heads; give a divisor or a multiple of 2"),
         ("--num_tp 0", "--num-tp is 0"),
         ("--granularity row", "--granularity is 'row'; give one of tensor, head, channel"),
         ("--work_dir nowhere", "nowhere holds no calibration; lmtool lite calibrate MODEL --work-dir nowhere"),
@@ -150,8 +151,21 @@ def test_other_ranks_damage_and_absence_are_refused(here: Path) -> None:
     with pytest.raises(ConfigError, match="brings no parameters for it; write them into a workspace"):
         open_decoder(workspace, config)
     assert lmtool(f"{QPARAMS} --num_tp 2") == 0
-    with pytest.raises(ConfigError, match="made for 2 ranks, this engine is one; make them again"):
+    with pytest.raises(ConfigError, match="are for --tp 2, this engine has --tp 1; make them again: lmtool lite kv_qparams --num-tp 1"):
         open_decoder(workspace, config)
     (workspace / KV_FILE).write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match=r"kv_cache\.safetensors cannot be read"):
         open_decoder(workspace, config)
+
+
+def test_each_rank_has_the_parameters_of_its_heads(here: Path) -> None:
+    """With a scale for each head they are the same numbers, whoever has them."""
+    settings = {"device": "cpu", "dtype": "float32", "kv_dtype": "static", "cache_gb": 0.02, "max_batch_size": 4}
+    asked = [request(i, [1 + i, 5, 9] * 20, max_new_tokens=8) for i in range(3)]
+    answers = []
+    for tp in (1, 2):
+        assert lmtool(f"{QPARAMS} --granularity head --num_tp {tp}") == 0
+        core = load_engine(here / "workspace", EngineConfig(**settings, tp=tp)).core  # type: ignore[arg-type]
+        answers.append(run_all(core, asked))
+        core.close()
+    assert answers[0] == answers[1]
