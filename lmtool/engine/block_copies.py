@@ -141,6 +141,15 @@ class BlockCopies:
             done.seconds += self._saving.popleft()[0].seconds
         return done
 
+    def await_elsewhere(self, numbers: Sequence[int]) -> None:
+        """These loads are over on the rank that decides: what is launched from now on, and may rely on their blocks or
+        save over what they read, waits for them here."""
+        for span, number in self._loading:
+            if number in numbers:
+                hold_main(self._device, span)
+                self._save_lane.after(span)
+        self.over(wait=False)
+
     def measure(self) -> float:
         """Bytes a second from the host into blocks: block 0, which belongs to nobody, goes there and back."""
         num_blocks = min(self.plan.num_blocks, self._num_load_rows)
@@ -187,6 +196,11 @@ class RunnerCopies:
             part = pairs[first : first + _NUM_WITHIN]
             self._within.gather([block for block, _ in part], 0)
             self._within.scatter([copy for _, copy in part], 0)
+
+    def await_loads(self, numbers: Sequence[int]) -> None:
+        """Of a rank that is told what is over: see `BlockCopies.await_elsewhere`."""
+        assert self._copies is not None, "no host tier"
+        self._copies.await_elsewhere(numbers)
 
     def copied(self, *, wait: bool) -> CopiesDone:
         return self._copies.over(wait=wait) if self._copies is not None else CopiesDone()

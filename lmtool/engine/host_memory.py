@@ -34,7 +34,7 @@ class HostPlan:
 
 
 def check_host_tier(config: EngineConfig) -> None:
-    """Before anything is loaded. Raises MemoryShortError where the host has not so much memory."""
+    """For all ranks, before anything is loaded. Raises MemoryShortError where the host has not so much memory."""
     if not config.cache_host_gb:
         return
     free = free_bytes(torch.device("cpu"))
@@ -51,7 +51,7 @@ def staging_bytes(config: EngineConfig, device: torch.device, free: int) -> int:
     if not config.cache_host_gb:
         return 0
     if device.type == "cpu":
-        return int(config.cache_host_gb * _GIB)
+        return _own_bytes(config)
     return min(_MOST_STAGING, int(free * _STAGING_SHARE))
 
 
@@ -59,15 +59,22 @@ def plan_host_tier(config: EngineConfig, block_bytes: int, device: torch.device,
     """None: there is none. staging: `staging_bytes`. Raises MemoryShortError where it holds not one block."""
     if not config.cache_host_gb:
         return None
-    check_host_tier(config)
-    num_blocks = int(config.cache_host_gb * _GIB) // block_bytes
+    if config.tp == 1:  # the model has been loaded meanwhile; of several ranks some have their part already
+        check_host_tier(config)
+    num_blocks = _own_bytes(config) // block_bytes
     if num_blocks == 0:
+        one = config.tp * block_bytes / (1 << 20)
         raise MemoryShortError(
-            f"--cache-host-gb {config.cache_host_gb:g} holds not one block of {block_bytes / (1 << 20):.1f} MiB",
+            f"--cache-host-gb {config.cache_host_gb:g} holds not one block of {one:.1f} MiB",
             "give more, or 0: no host tier",
         )
     num_staging = 16 if device.type == "cpu" else max(8, staging // block_bytes)
     return HostPlan(num_blocks=num_blocks, block_bytes=block_bytes, num_staging=num_staging)
+
+
+def _own_bytes(config: EngineConfig) -> int:
+    """A rank's part of the tier."""
+    return int(config.cache_host_gb * _GIB) // config.tp
 
 
 class HostBlocks:
