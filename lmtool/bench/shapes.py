@@ -34,6 +34,7 @@ def _shape(
 
 SHAPES: dict[str, ModelConfig] = {
     "llama3-8b": _shape(4096, 14336, 32, 32, 8, 128256, theta=500000.0, max_positions=8192),
+    "llama3-70b": _shape(8192, 28672, 80, 64, 8, 128256, theta=500000.0, max_positions=8192),
     "llama2-7b": _shape(4096, 11008, 32, 32, 32, 32000, theta=10000.0, max_positions=4096),
     "internlm2-1_8b": _shape(
         2048, 8192, 24, 16, 8, 92544, theta=1e6, max_positions=32768, architecture="InternLM2ForCausalLM"
