@@ -92,4 +92,5 @@ def directory() -> Any:
     import ray  # the front's other parts read what it says, and do not need it
 
     options = {"name": _NAME, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
-    return ray.remote(Directory).options(num_cpus=0, max_restarts=-1, **options).remote()
+    at_head = {"node:__internal_head__": 0.001}  # where Ray's own memory is: another machine may go without it
+    return ray.remote(Directory).options(num_cpus=0, resources=at_head, max_restarts=-1, **options).remote()

@@ -6,6 +6,7 @@ Reads the directory, asks `routing`, and tells requests whose replica is gone. O
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 
 from lmtool.cluster.directory import Listing, Record
@@ -15,6 +16,7 @@ from lmtool.cluster.routing import Prompt, Router, Ticket
 _log = logging.getLogger(__name__)
 _LOOK_S = 0.5
 _BEATS = 2  # the first one after a failure may have begun before it
+_QUIET_S = 3.0  # who says nothing for as long is asked only where nobody else is: its machine may be cut off
 
 
 class Fleet:
@@ -28,6 +30,8 @@ class Fleet:
         self._records: dict[str, Record] = {}
         self._routers = {model: Router() for model in models}
         self._suspects: dict[str, int] = {}  # the beat at which each failed somebody
+        self._listed_s = 0.0  # when the directory answered last, by this clock
+        self._beats: dict[str, tuple[int, float]] = {}  # the last one of each, and when it was seen first
         self._open: dict[str, set[asyncio.Timeout]] = {}
 
     # ------------------------------------------------------------------ who there is
@@ -50,6 +54,12 @@ class Fleet:
         for name in self._records.keys() - records.keys():
             _log.warning("replica %s of %s is gone", name, self._records[name].model)
         self._records = records
+        self._listed_s = time.monotonic()
+        known = {name: self._beats.get(name, (-1, 0.0)) for name in records}
+        self._beats = {
+            name: known[name] if known[name][0] == record.beat else (record.beat, self._listed_s)
+            for name, record in records.items()
+        }
         well = {
             name for name, beat in self._suspects.items() if name not in records or records[name].beat >= beat + _BEATS
         }
@@ -83,7 +93,8 @@ class Fleet:
     def take(self, model: str, prompt: Prompt, num_new_tokens: int, tried: Collection[str]) -> Ticket | None:
         """A place for a request, at none of those that were tried; None where there is none."""
         names = [one.name for one in self.ready(model) if one.name not in tried]
-        return self._routers[model].take(prompt, num_new_tokens, names)
+        lively = [name for name in names if self._listed_s - self._beats[name][1] < _QUIET_S]
+        return self._routers[model].take(prompt, num_new_tokens, lively or names)
 
     @contextlib.asynccontextmanager
     async def at(self, model: str, ticket: Ticket) -> AsyncIterator[Record]:

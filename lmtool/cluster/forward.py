@@ -5,6 +5,7 @@ error event. Answers that do not stream are passed on when they are whole, so th
 """
 
 import contextlib
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ from lmtool.server.json_body import Bodies
 from lmtool.server.sse import event
 
 _CONNECT_S = 3.0  # to a machine of the same cluster
+_SILENT_S = 8  # that the machine of a replica may be, of a connection that is in use: what it says nothing to is lost
 _IDLE_S = 30.0  # that a connection is kept: less than the 75 of a replica, who would close it under a request
 _ELSEWHERE = (429, 503)  # another replica may have room, or an engine
 _KEPT = ("content-type", "retry-after", "cache-control", "x-accel-buffering")
@@ -32,9 +34,21 @@ def replica_session() -> aiohttp.ClientSession:
     """For `Forward`. To be made on the event loop that uses it."""
     return aiohttp.ClientSession(
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_S),
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_S, socket_factory=_watched),
         auto_decompress=False,
     )
+
+
+def _watched(address: aiohttp.AddrInfoType) -> socket.socket:
+    """Breaks off where the machine at its other end is silent: the kernel asks it, whatever its processes do."""
+    family, kind, protocol, _, _ = address
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _SILENT_S // 2)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _SILENT_S // 2)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _SILENT_S * 1000)
+    return made
 
 
 @dataclass(frozen=True, slots=True)

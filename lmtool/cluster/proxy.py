@@ -25,6 +25,7 @@ _log = logging.getLogger(__name__)
 _POLL_S = 0.05
 _LAST_WORDS_S = 1.0  # for errors of answers that are cut off to be written
 _INTERRUPTED = 130
+_LISTING_S = 5.0  # that the directory may take for an answer; it is asked again then
 Say = Callable[[str], None]
 
 
@@ -121,7 +122,8 @@ class _Proxy:
         self._asked_to_update = asyncio.Event()
 
     async def _look(self) -> Listing:
-        listing: Listing = await self._directory.listing.remote(self._owner)
+        async with asyncio.timeout(_LISTING_S):
+            listing: Listing = await self._directory.listing.remote(self._owner)
         return listing
 
     async def main(self) -> None:

@@ -96,8 +96,11 @@ class Replica:
     async def _keep_beating(self) -> None:
         while self._process.returncode is None:
             try:
-                await self._beat()
-            except ray.exceptions.RayError as error:  # the directory is made again where it is gone
+                async with asyncio.timeout(_ANSWER_S * 2):
+                    await self._beat()
+            except TimeoutError:  # as long as the directory's machine cannot be reached
+                _log.warning("the directory does not answer")
+            except ray.exceptions.RayError as error:  # it is made again where it is gone
                 _log.warning("the directory does not answer: %s", error)
                 with contextlib.suppress(ray.exceptions.RayError, ValueError):
                     self._directory = directory()

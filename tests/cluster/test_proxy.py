@@ -1,15 +1,10 @@
 """`lmtool serve proxy` as users start it: a Ray of its own on the CPU, two tiny models with two replicas each."""
 
-import json
 import os
 import re
 import signal
 import socket
-import subprocess
-import threading
-from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,44 +17,9 @@ pytest.importorskip("ray", reason="pip install '.[cluster]'")
 from lmtool.cluster.deployment import Node, application_name, check_fit
 from lmtool.cluster.spec import ModelSpec, parse_models
 from lmtool.errors import ConfigError
+from tests.cluster.proxy import KEY, PROMPT, Load, Proxy, processes, refusal, until
 from tests.quant.models import tiny_folder
-from tests.server.process import LMTOOL, TIMEOUT_S, Process, until
-
-SMALL = "cpus=0.1,device=cpu,dtype=float32,cache-gb=0.05"
-PROMPT = {"prompt": "The lighthouse", "temperature": 0, "max_tokens": 60, "ignore_eos": True}
-KEY = {"Authorization": "Bearer secret"}
-
-
-class Proxy(Process):
-    config: Path
-
-    def __init__(self, *flags: str) -> None:
-        super().__init__()
-        self._words = [LMTOOL, "serve", "proxy", "--port", "0", *flags]
-
-    def metric(self, name: str, model: str) -> int:
-        text = httpx.get(f"{self.url}/metrics", headers=KEY, timeout=TIMEOUT_S).text
-        found = re.search(rf'^lmtool:proxy_{name}{{model_name="{model}"}} (\S+)$', text, flags=re.MULTILINE)
-        assert found, text
-        return int(float(found[1]))
-
-    def is_whole(self) -> bool:
-        return all(self.metric(name, model) == 2 for name in ("replicas", "replicas_ready") for model in "ab")
-
-
-def processes(root: int) -> dict[int, str]:
-    """Command lines of all that a process and its children have started."""
-    command = ["ps", "-ww", "-eo", "pid=,ppid=,args="]  # whole lines, whatever COLUMNS says
-    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    rows = [line.split(None, 2) for line in table.splitlines()]
-    found, todo = {}, [root]
-    while todo:
-        parent = todo.pop()
-        for pid, ppid, words in rows:
-            if int(ppid) == parent:
-                found[int(pid)] = words
-                todo.append(int(pid))
-    return found
+from tests.server.process import TIMEOUT_S
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +30,7 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     rows = [f'[[models]]\nmodel = "{path}"\nreplicas = 2\n' for path in (a, b)]
     small = 'cpus = 0.1\ndevice = "cpu"\ndtype = "float32"\ncache-gb = 0.05\n'
     config.write_text(small.join([*rows, ""]))
-    with Proxy("--config", str(config), "--api-keys", "secret") as server:
+    with Proxy("--config", str(config)) as server:
         server.config = config
         yield server
 
@@ -79,52 +39,6 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
 def client(proxy: Proxy) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{proxy.url}/v1", api_key="secret", timeout=TIMEOUT_S, max_retries=0) as made:
         yield made
-
-
-class Load:
-    """``with Load(proxy) as load``: six clients that ask both models in turn, most of them for streams."""
-
-    def __init__(self, proxy: Proxy) -> None:
-        self._proxy = proxy
-        self._over = threading.Event()
-        self.ends: Counter[tuple[str, str]] = Counter()
-
-    def __enter__(self) -> "Load":
-        self._pool = ThreadPoolExecutor(6)
-        self._waiting = [self._pool.submit(self._ask_on, number) for number in range(6)]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        for waiting in self._waiting:
-            waiting.result(TIMEOUT_S)
-        self._pool.shutdown()
-
-    def _ask_on(self, number: int) -> None:
-        with httpx.Client(base_url=self._proxy.url, timeout=TIMEOUT_S, headers=KEY) as client:
-            while not self._over.is_set():
-                number += 1
-                model, body = "ab"[number % 2], {**PROMPT, "stream": number % 3 != 0}
-                answer = client.post("/v1/completions", json={**body, "model": model})
-                self.ends[model, _end_of(answer)] += 1
-
-    def num(self, model: str, end: str) -> int:
-        return self.ends[model, end]
-
-
-def _end_of(answer: httpx.Response) -> str:
-    """'whole', or what kind of error it is; fails for an answer that is neither."""
-    if answer.status_code == 200 and not answer.headers["content-type"].startswith("text/event-stream"):
-        assert answer.json()["usage"]["completion_tokens"] == PROMPT["max_tokens"]
-        return "whole"
-    if answer.status_code != 200:
-        return f"{answer.status_code} {answer.json()['error']['type']}"
-    events = [line.removeprefix("data: ") for line in answer.text.split("\n\n") if line]
-    if events[-1] != "[DONE]":
-        kind: str = json.loads(events[-1])["error"]["type"]
-        return f"broken: {kind}"
-    assert json.loads(events[-2])["choices"][0]["finish_reason"] == "length"
-    return "whole"
 
 
 # ---------------------------------------------------------------------- one proxy for all of these, in this order
@@ -177,15 +91,15 @@ def test_a_killed_engine_costs_only_what_was_streaming_there(proxy: Proxy) -> No
     before = engines()
     assert len(before) == 4
     with Load(proxy) as load:
-        until(lambda: load.num("a", "whole") > 5 and load.num("b", "whole") > 5)
+        until(lambda: load.num("a") > 5 and load.num("b") > 5)
         os.kill(min(before), signal.SIGKILL)
-        until(lambda: not proxy.is_whole())
-        seen = load.num("a", "whole"), load.num("b", "whole")
-        until(proxy.is_whole)
-        assert load.num("a", "whole") > seen[0]  # both went on meanwhile
-        assert load.num("b", "whole") > seen[1]
+        until(lambda: not proxy.has_replicas(a=2, b=2))
+        seen = load.num("a"), load.num("b")
+        until(lambda: proxy.has_replicas(a=2, b=2))
+        assert load.num("a") > seen[0]  # both went on meanwhile
+        assert load.num("b") > seen[1]
     assert len(engines() - before) == 1  # a new one, by itself
-    _check_ends(load, proxy)
+    load.check()
 
 
 def test_a_killed_replica_costs_only_what_was_streaming_there_and_another_takes_its_place(proxy: Proxy) -> None:
@@ -195,18 +109,18 @@ def test_a_killed_replica_costs_only_what_was_streaming_there_and_another_takes_
 
     before = actors()
     assert len(before) == 2
-    broken_before = proxy.metric("broken_answers_total", "a")
+    broken_before = proxy.metrics()["broken_answers_total", "a"]
     with Load(proxy) as load:
-        until(lambda: load.num("a", "whole") > 5 and load.num("b", "whole") > 5)
+        until(lambda: load.num("a") > 5 and load.num("b") > 5)
         os.kill(min(before), signal.SIGKILL)
-        until(lambda: not proxy.is_whole())
-        until(proxy.is_whole)
+        until(lambda: not proxy.has_replicas(a=2, b=2))
+        until(lambda: proxy.has_replicas(a=2, b=2))
         until(lambda: len(actors()) == 2)
     assert len(actors() - before) == 1
     others = {end for model, end in load.ends if model == "b"}
     assert others == {"whole"}  # the other model's were untouched
-    _check_ends(load, proxy)
-    assert proxy.metric("broken_answers_total", "a") - broken_before == load.num(
+    load.check()
+    assert proxy.metrics()["broken_answers_total", "a"] - broken_before == load.num(
         "a", "broken: service_unavailable_error"
     )
 
@@ -215,9 +129,6 @@ def test_new_settings_come_without_a_lost_request(proxy: Proxy) -> None:
     def actors() -> set[int]:
         words = processes(proxy.process.pid)
         return {pid for pid, line in words.items() if line.startswith("ray::ServeReplica:lmtool-b:")}
-
-    def says_so(words: str) -> bool:
-        return any(words in line for line in proxy.said)
 
     def longest() -> int:
         with proxy.client(headers=KEY) as client:
@@ -228,23 +139,14 @@ def test_new_settings_come_without_a_lost_request(proxy: Proxy) -> None:
     first, second = text.split("[[models]]")[1:]
     proxy.config.write_text(f"[[models]]{first}[[models]]{second}name = 'c'\n")
     proxy.process.send_signal(signal.SIGHUP)
-    until(lambda: says_so("nothing was changed: the models are now a, c and were a, b"))
+    until(lambda: proxy.says("nothing was changed: the models are now a, c and were a, b"))
     proxy.config.write_text(f"[[models]]{first}[[models]]{second}session-len = 100\n")
     with Load(proxy) as load:
         proxy.process.send_signal(signal.SIGHUP)
-        until(lambda: says_so("replicas are replaced one after another: b"))
-        until(lambda: not actors() & before and proxy.is_whole())
+        until(lambda: proxy.says("replicas are replaced one after another: b"))
+        until(lambda: not actors() & before and proxy.has_replicas(a=2, b=2))
         until(lambda: longest() == 100)
-    print(dict(load.ends), "retries", [proxy.metric("retries_total", model) for model in "ab"])
     assert {end for _, end in load.ends} == {"whole"}
-
-
-def _check_ends(load: Load, proxy: Proxy) -> None:
-    """Whole, or an error of ours at the end of a stream that had begun: at most as many as ran at once."""
-    print(dict(load.ends), "retries", [proxy.metric("retries_total", model) for model in "ab"])
-    broken = {key: number for key, number in load.ends.items() if key[1] != "whole"}
-    assert {end for _, end in broken} <= {"broken: service_unavailable_error"}
-    assert sum(broken.values()) <= 6
 
 
 def test_at_its_end_answers_are_finished_and_nothing_is_left(proxy: Proxy) -> None:
@@ -275,19 +177,6 @@ def _is_running(pid: int, words: str) -> bool:
 
 
 # ---------------------------------------------------------------------- what is refused
-def refusal(*flags: str) -> str:
-    words = [LMTOOL, "serve", "proxy", *flags]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_S)
-    assert (done.returncode, done.stdout) == (2, ""), done.stderr
-    return done.stderr.splitlines()[-1]
-
-
-def test_what_an_engine_refuses_is_the_proxys_one_line(tmp_path: Path) -> None:
-    model = tiny_folder(tmp_path / "tiny")
-    line = refusal("--port", "0", "--model", f"{model},{SMALL},session-len=999999")
-    assert line.startswith("lmtool: error: tiny: --session-len 999999 is longer than the model's 128 tokens")
-
-
 def test_what_is_wrong_is_said_before_ray_is_started(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

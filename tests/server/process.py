@@ -84,12 +84,12 @@ class Process:
             until(lambda: client.get("/ready").status_code == 200)
 
 
-def until(condition) -> None:
+def until(condition, every_s: float = 0.05) -> None:
     """Poll: what is waited for happens in another process."""
     deadline = time.monotonic() + TIMEOUT_S
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.05)
+        time.sleep(every_s)
 
 
 def run_to_its_end(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,75 @@
+"""Two machines with a Ray node each, and one proxy: what serves where, and what a cut link does.
+
+They are network namespaces, so these tests need root and `ip`.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("ray", reason="pip install '.[cluster]'")
+
+from tests.cluster.hosts import Hosts, two_hosts
+from tests.cluster.proxy import Load, Proxy, refusal, until
+from tests.quant.models import tiny_folder
+
+SMALL = "device=cpu,dtype=float32,cache-gb=0.05"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("models") / "a")
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    with two_hosts(tmp_path_factory.mktemp("hosts")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def proxy(hosts: Hosts, model: Path) -> Iterator[Proxy]:
+    """On the first host. A replica of a takes most of a host's two CPUs, so there is one on each."""
+    flags = ["--host", hosts.address(1), "--ray-address", hosts.ray_address]
+    flags += ["--model", f"{model},name=a,replicas=2,cpus=1.5,{SMALL}"]
+    with Proxy(*flags, before=hosts.command(1), env=hosts.env) as server:
+        until(lambda: server.has_replicas(a=2))
+        yield server
+
+
+def servers(hosts: Hosts, number: int) -> list[str]:
+    """Command lines of the replicas' servers there."""
+    return [words for words in hosts.processes(number).values() if "lmtool.cluster.replica_process" in words]
+
+
+def test_each_host_has_a_replica_and_both_serve(hosts: Hosts, proxy: Proxy) -> None:
+    assert [len(servers(hosts, number)) for number in (1, 2)] == [1, 1]
+    with Load(proxy, "a") as load:
+        until(lambda: load.num("a") > 20)
+    assert {end for _, end in load.ends} == {"whole"}
+    assert min(proxy.answered().values()) > 5
+
+
+def test_a_cut_link_costs_only_what_was_streaming_there_and_comes_back(hosts: Hosts, proxy: Proxy) -> None:
+    """Shorter than Ray takes to give the machine up."""
+    with Load(proxy, "a") as load:
+        until(lambda: load.num("a") > 5)
+        hosts.cut(2)
+        until(lambda: proxy.metrics()["replicas_ready", "a"] == 1)
+        seen = load.num("a")
+        until(lambda: load.num("a") > seen + 10)
+        hosts.mend(2)
+        until(lambda: proxy.has_replicas(a=2))
+        before = proxy.answered()
+        until(lambda: min(number - before[name] for name, number in proxy.answered().items()) > 3)
+    load.check()
+    print(f"the longest waited {load.longest_s:.1f} s")
+    assert load.longest_s < 20
+
+
+def test_what_an_engine_refuses_is_the_proxys_one_line(hosts: Hosts, model: Path) -> None:
+    flags = ["--port", "0", "--ray-address", hosts.ray_address, "--model"]
+    words = f"{model},name=long,cpus=0.1,{SMALL},session-len=999999"
+    line = refusal(*flags, words, before=hosts.command(1), env=hosts.env)
+    assert line.startswith("lmtool: error: long: --session-len 999999 is longer than the model's 128 tokens")
