@@ -239,7 +239,7 @@ def step_cases(maker: Maker, rows: int) -> Iterator[Case]:
     def advance() -> Arguments:
         slots, longs, _, _ = state()
         ids = torch.randint(0, maker.model.vocab_size, (rows,), device=maker.device)
-        return slots, ids, maker.normal(rows, maker.model.vocab_size), longs
+        return slots, ids, maker.normal(rows, maker.model.vocab_size), longs, maker.model.vocab_size
 
     gathered = rows * (4 + 2 * (4 * 8 + 4 * 4 + 4 * width) + 8 + 4)
     yield Case("step_rows", "step", "", rows, lambda: (*state(), BLOCK_SIZE), gathered)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lmtool import kernels
 from lmtool.engine.batch import Batch
+from lmtool.engine.choice import choose_
 from lmtool.engine.device_state import DeviceState
 from lmtool.engine.graphs import Graphs, StartProgress, bucket_sizes
 from lmtool.engine.inputs import lay_out
@@ -71,7 +72,7 @@ class CapturedSteps:
     def _decode_rows(self, num_rows: int) -> Tensor:
         rows = self._state.rows[:num_rows]
         hidden, sampling = self.forward_rows(rows)
-        return self._choose(hidden, rows, sampling)
+        return choose_(self._decoder, hidden, rows, sampling, self._state.longs)
 
     def forward_rows(self, rows: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """One token of each: the residual stream [n, H], and what `kernels.sample` takes."""
@@ -130,7 +131,8 @@ class CapturedSteps:
             max_seqlen_q=num_tokens,
         )
         hidden = self._decoder.forward(prompts.ids[:num_tokens], context, self._caches, prompts.sampled_rows)
-        return self._choose(hidden, prompts.sampled_slots, self._step_rows(prompts.sampled_slots).sampling)
+        slots = prompts.sampled_slots
+        return choose_(self._decoder, hidden, slots, self._step_rows(slots).sampling, self._state.longs)
 
     def _mixed_rows(self, num_decodes: int, num_tokens: int) -> Tensor:
         """Ids of the decodes, then of the prompts that end in the step."""
@@ -153,15 +155,9 @@ class CapturedSteps:
         wanted = torch.cat((self._every_row[:num_decodes], prompts.sampled_rows))
         hidden = self._decoder.forward(ids, context, self._caches, wanted)
         slots = torch.cat((rows, prompts.sampled_slots))
-        return self._choose(hidden, slots, self._step_rows(slots).sampling)
+        return choose_(self._decoder, hidden, slots, self._step_rows(slots).sampling, state.longs)
 
     # ------------------------------------------------------------------ parts of a step
     def _step_rows(self, rows: Tensor) -> StepRows:
         state = self._state
         return kernels.step_rows(rows, state.longs, state.words, state.tables, state.block_size)
-
-    def _choose(self, hidden: Tensor, rows: Tensor, sampling: tuple[Tensor, ...]) -> Tensor:
-        scores = self._decoder.scores(hidden)
-        ids = kernels.sample(scores, *sampling)
-        kernels.advance_(rows, ids, scores, self._state.longs)
-        return ids

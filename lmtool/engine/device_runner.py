@@ -15,6 +15,7 @@ from lmtool.config import GenerationConfig
 from lmtool.engine.batch import Batch, Chunk, Done, Join, Mask, StepOutput
 from lmtool.engine.block_copies import RunnerCopies
 from lmtool.engine.captured_steps import CapturedSteps
+from lmtool.engine.choice import choose_
 from lmtool.engine.device_state import DeviceState
 from lmtool.engine.executor import Pending
 from lmtool.engine.extras import LogitExtras
@@ -167,16 +168,15 @@ class DeviceRunner(RunnerCopies):
         prompt_scores: Scores | None = None,
     ) -> Pending:
         slots = batch.sampled_slots
+        if not self._extras.concerns(batch):
+            ids = choose_(self.decoder, hidden, rows, sampling, self._state.longs)
+            return Launched.on_its_way(ids, slots, None, prompt_scores)
         scores = self.decoder.scores(hidden)
-        special = self._extras.concerns(batch)
-        logits = scores
-        if special:
-            logits = scores.to(torch.float32, copy=True)
-            self._extras.adjust_(logits, batch)
+        logits = scores.to(torch.float32, copy=True)
+        self._extras.adjust_(logits, batch)
         ids = kernels.sample(logits, *sampling)
-        kernels.advance_(rows, ids, scores, self._state.longs)
-        logprobs = self._extras.sampled(logits, ids, slots) if special else None
-        return Launched.on_its_way(ids, slots, logprobs, prompt_scores)
+        kernels.advance_(rows, ids, scores, self._state.longs, self.decoder.config.vocab_size)
+        return Launched.on_its_way(ids, slots, self._extras.sampled(logits, ids, slots), prompt_scores)
 
     # ------------------------------------------------------------------ before the first request
     def warm_up(self, *, max_batched_tokens: int, cuda_graphs: bool, progress: StartProgress | None = None) -> None:

@@ -318,14 +318,15 @@ def step_rows(rows: Tensor, longs: Tensor, words: Tensor, tables: Tensor, block_
     return implementation("step", rows.device).step_rows(rows, longs, words, tables, block_size)
 
 
-def advance_(rows: Tensor, ids: Tensor, logits: Tensor, longs: Tensor) -> None:
+def advance_(rows: Tensor, ids: Tensor, logits: Tensor, longs: Tensor, num_ids: int) -> None:
     """The rows' slots got a token: it is the next one to compute, one place further.
 
-    ids [B] int64, chosen from logits [B, V] in any float dtype; rows and longs as above. A row whose logits are not
-    numbers (its first one tells: what is wrong with a hidden state is wrong with all of them) gets id -1 in ``ids``;
-    its slot goes on with token 0, so that whatever comes after is at least in the vocabulary.
+    ids [B] int64, out of ``num_ids``; logits [B, V] in any float dtype: what they were chosen from, or a rank's part of
+    it; rows and longs as above. A row whose logits are not numbers (its first one tells: what is wrong with a hidden
+    state is wrong with all of them) gets id -1 in ``ids``; its slot goes on with token 0, so that whatever comes after
+    is at least in the vocabulary.
     """
-    implementation("step", rows.device).advance_(rows, ids, logits, longs)
+    implementation("step", rows.device).advance_(rows, ids, logits, longs, num_ids)
 
 
 def gather_blocks(pieces: BlockPieces, blocks: Tensor, rows: Tensor) -> None:

@@ -24,6 +24,14 @@ class Group(Protocol):
         """[n, v] of each rank → [n, size · v], side by side in the order of ranks."""
         ...
 
+    def exchange(self, values: Tensor) -> Tensor:
+        """[size · m, v] of each rank → [m, size · v]: of every rank its values of this rank's m rows, side by side."""
+        ...
+
+    def all_gather_rows(self, values: Tensor) -> Tensor:
+        """[m] of each rank → [size · m], in the order of ranks."""
+        ...
+
     def least(self, number: int) -> int:
         """Of the ranks' numbers the smallest; waits for all."""
         ...
@@ -46,6 +54,16 @@ class TorchGroup:
         _all_gather(out.view(-1, *values.shape[1:]), values.contiguous())
         return out.transpose(0, 1).flatten(1)
 
+    def exchange(self, values: Tensor) -> Tensor:
+        out = values.new_empty((self.size, len(values) // self.size, values.shape[1]))
+        torch.distributed.all_to_all_single(out.view(values.shape), values.contiguous())
+        return out.transpose(0, 1).flatten(1)
+
+    def all_gather_rows(self, values: Tensor) -> Tensor:
+        out = values.new_empty(self.size * len(values))
+        _all_gather(out, values)
+        return out
+
     def least(self, number: int) -> int:
         found = torch.tensor([number], dtype=torch.int64, device=self._device)
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MIN)
@@ -63,6 +81,12 @@ class AloneGroup:
 
     def all_gather(self, values: Tensor) -> Tensor:
         return values.new_empty((values.shape[0], self.size * values.shape[1]))
+
+    def exchange(self, values: Tensor) -> Tensor:
+        return values.new_empty((len(values) // self.size, self.size * values.shape[1]))
+
+    def all_gather_rows(self, values: Tensor) -> Tensor:
+        return values.new_empty(self.size * len(values))
 
     def least(self, number: int) -> int:
         return number

@@ -125,7 +125,11 @@ class Decoder:
 
     def scores(self, hidden: Tensor) -> Tensor:
         """The logits in the model's dtype: `sample` widens them as it reads."""
-        scores = self.head.norm_linear(hidden, self.final_norm, self.config.rms_norm_eps)
+        scores = self.own_scores(hidden)
         if self.group is None:
             return scores
         return self.group.all_gather(scores)[:, : self.config.vocab_size].contiguous()
+
+    def own_scores(self, hidden: Tensor) -> Tensor:
+        """Of a rank its part of the vocabulary [n, V / size]; some of the last one's belong to no token."""
+        return self.head.norm_linear(hidden, self.final_norm, self.config.rms_norm_eps)

@@ -50,10 +50,10 @@ def test_tokens_are_fed_back(num_rows, device):
     rows[num_rows // 2 + 1 :: 3] = -1
     rows = rows.to(device)
     ids = torch.randint(0, 1000, (num_rows,), device=device)
-    logits = torch.zeros(num_rows, 1000, device=device)
+    logits = torch.zeros(num_rows, 500, device=device)  # a rank's half of them
     before, expected, kept = longs.clone(), longs.clone(), ids.clone()
-    reference.advance_(rows, ids, logits, expected)
-    triton_step.advance_(rows, ids, logits, longs)
+    reference.advance_(rows, ids, logits, expected, 1000)
+    triton_step.advance_(rows, ids, logits, longs, 1000)
     assert torch.equal(ids, kept)
     assert torch.equal(longs, expected)
     slot = int(rows[0])
@@ -68,6 +68,6 @@ def test_logits_that_are_not_numbers_give_no_token_and_go_on_inside_the_vocabula
     logits = torch.zeros(4, 50, device=device)
     logits[1] = torch.nan
     ids = torch.tensor([7, 9, 50, 60], device=device)
-    kind.advance_(rows, ids, logits, longs)
+    kind.advance_(rows, ids, logits, longs, 50)
     assert ids.tolist() == [7, -1, -1, -1]
     assert longs[TOKEN, [3, 0, 2]].tolist() == [7, 0, 0]

@@ -1,9 +1,10 @@
 """A model in parts: every architecture, dense and 4-bit, whole files and workspaces; logits are those of the whole."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from tests.support import all_logits
 
 IDS = [5, 17, 3, 44, 8, 21, 60, 2, 9, 11, 30, 7]
 CPU = torch.device("cpu")
+R = TypeVar("R")
 
 
 class ThreadGroup:
@@ -43,6 +45,12 @@ class ThreadGroup:
     def all_gather(self, values: Tensor) -> Tensor:
         return torch.cat(self._exchange(values), dim=1)
 
+    def exchange(self, values: Tensor) -> Tensor:
+        return torch.cat([one.chunk(self.size)[self.rank] for one in self._exchange(values)], dim=1)
+
+    def all_gather_rows(self, values: Tensor) -> Tensor:
+        return torch.cat(self._exchange(values))
+
 
 def load(folder: Path, group: Group | None = None, *, keep_int4: bool = False) -> Decoder:
     checkpoint = open_checkpoint(folder)
@@ -54,13 +62,17 @@ def load(folder: Path, group: Group | None = None, *, keep_int4: bool = False) -
 
 def in_parts(folder: Path, size: int, *, keep_int4: bool = False) -> list[Tensor]:
     """Logits as each rank has them."""
+    return on_ranks(folder, size, lambda decoder: all_logits(decoder, IDS, num_prefill=8), keep_int4=keep_int4)
+
+
+def on_ranks(folder: Path, size: int, work: Callable[[Decoder], R], *, keep_int4: bool = False) -> list[R]:
+    """What each rank makes of its part of a model."""
     values: list[Tensor | None] = [None] * size
     barrier = threading.Barrier(size, timeout=60)
 
-    def run(rank: int) -> Tensor:
+    def run(rank: int) -> R:
         try:
-            decoder = load(folder, ThreadGroup(rank, size, values, barrier), keep_int4=keep_int4)
-            return all_logits(decoder, IDS, num_prefill=8)
+            return work(load(folder, ThreadGroup(rank, size, values, barrier), keep_int4=keep_int4))
         except BaseException:
             barrier.abort()
             raise

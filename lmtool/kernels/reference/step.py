@@ -31,8 +31,8 @@ def step_rows(rows: Tensor, longs: Tensor, words: Tensor, tables: Tensor, block_
     )
 
 
-def advance_(rows: Tensor, ids: Tensor, logits: Tensor, longs: Tensor) -> None:
-    wrong = logits[:, 0].isnan() | (ids < 0) | (ids >= logits.shape[1])
+def advance_(rows: Tensor, ids: Tensor, logits: Tensor, longs: Tensor, num_ids: int) -> None:
+    wrong = logits[:, 0].isnan() | (ids < 0) | (ids >= num_ids)
     ids.masked_fill_(wrong, -1)
     live = rows >= 0
     slots = rows[live].long()

@@ -95,7 +95,7 @@ def step_rows(rows: Tensor, longs: Tensor, words: Tensor, tables: Tensor, block_
 
 @triton.jit(do_not_specialize=["num_rows", "num_slots"])
 def _advance_kernel(
-    rows_ptr, ids_ptr, logits_ptr, longs_ptr, num_rows, num_slots, V, BLOCK_B: tl.constexpr, PDL: tl.constexpr
+    rows_ptr, ids_ptr, logits_ptr, longs_ptr, num_rows, num_slots, V, num_ids, BLOCK_B: tl.constexpr, PDL: tl.constexpr
 ):
     allow_next(PDL)
     wait_for_previous(PDL)
@@ -105,7 +105,7 @@ def _advance_kernel(
     live = slot >= 0
     token = tl.load(ids_ptr + o_b, mask=m_b, other=0)
     first_logit = tl.load(logits_ptr + o_b.to(tl.int64) * V, mask=m_b, other=0.0).to(tl.float32)
-    wrong = (first_logit != first_logit) | (token < 0) | (token >= V)
+    wrong = (first_logit != first_logit) | (token < 0) | (token >= num_ids)
     tl.store(ids_ptr + o_b, tl.full([BLOCK_B], -1, tl.int64), mask=m_b & wrong)
     tl.store(longs_ptr + slot, tl.where(wrong, 0, token), mask=live)
     for field in tl.static_range(1, 4, 2):  # position and step, not the seed between them
@@ -113,7 +113,7 @@ def _advance_kernel(
         tl.store(ptrs, tl.load(ptrs, mask=live, other=0) + 1, mask=live)
 
 
-def advance_(rows: Tensor, ids: Tensor, logits: Tensor, longs: Tensor) -> None:
+def advance_(rows: Tensor, ids: Tensor, logits: Tensor, longs: Tensor, num_ids: int) -> None:
     num_rows = rows.shape[0]
     logits = logits.contiguous()
     _advance_kernel[(triton.cdiv(num_rows, _ROWS_PER_PROGRAM),)](
@@ -124,6 +124,7 @@ def advance_(rows: Tensor, ids: Tensor, logits: Tensor, longs: Tensor) -> None:
         num_rows,
         longs.shape[1],
         logits.shape[1],
+        num_ids,
         BLOCK_B=_ROWS_PER_PROGRAM,
         num_warps=1,
         **dependent_launch(rows.device),
