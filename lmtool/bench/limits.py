@@ -57,10 +57,10 @@ def device_name(device: torch.device) -> str:
     """'NVIDIA H200', or the processor and how many cores are used."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_cpu_name()}, {torch.get_num_threads()} of {len(os.sched_getaffinity(0))} cores"
+    return f"{cpu_name()}, {torch.get_num_threads()} of {len(os.sched_getaffinity(0))} cores"
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -84,19 +84,22 @@ class OnlinePlan:
         return workloads.mix(self.mix + (str(self.num_prompts) if self.num_prompts else ""), self.seed)
 
     def questions(self) -> list[Question]:
-        """A shared prefix is shared as words, too."""
-        workload = self.workload()
-        prompts = workload.prompts(self.token_ids or len(WORDS), self.seed)
-        return [
-            Question(ids if self.token_ids else " ".join(WORDS[i] for i in ids), size.num_new_tokens)
-            for ids, size in zip(prompts, workload.sizes, strict=True)
-        ]
+        return questions_of(self.workload(), self.seed, self.token_ids)
 
     @property
     def name(self) -> str:
         rate = "" if self.request_rate == float("inf") else f", {self.request_rate:g} req/s"
         at_once = "" if self.max_concurrency is None else f", {self.max_concurrency} at once"
         return f"{self.workload().name}{rate}{at_once}"
+
+
+def questions_of(workload: Workload, seed: int, token_ids: int | None = None) -> list[Question]:
+    """Prompts of random words, or of random ids below ``token_ids``. A shared prefix is shared as words, too."""
+    prompts = workload.prompts(token_ids or len(WORDS), seed)
+    return [
+        Question(ids if token_ids else " ".join(WORDS[i] for i in ids), size.num_new_tokens)
+        for ids, size in zip(prompts, workload.sizes, strict=True)
+    ]
 
 
 def run_online(

@@ -84,11 +84,12 @@ def result(name: str, outcomes: Sequence[Outcome], duration_s: float, num_unfini
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """mean, median, p90, p99; between two values a percentile is their weighted mean."""
+    """mean, median, p90, p99, least and most; between two values a percentile is their weighted mean."""
     _, *others = PERCENTILES
     median, *rest = (float(value) for value in np.percentile(values, PERCENTILES))
     names = (f"p{percent}" for percent in others)
-    return {"mean": float(np.mean(values)), "median": median, **dict(zip(names, rest, strict=True))}
+    found = {"mean": float(np.mean(values)), "median": median, **dict(zip(names, rest, strict=True))}
+    return {**found, "min": float(min(values)), "max": float(max(values))}
 
 
 def _row(one: Outcome) -> dict[str, Any]:

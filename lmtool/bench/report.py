@@ -16,7 +16,7 @@ from lmtool import __version__
 from lmtool.bench.compare import Comparison
 from lmtool.bench.limits import Limits
 from lmtool.bench.offline import Result
-from lmtool.bench.tables import kernels_table, make_table, number, show_online, tuned_table
+from lmtool.bench.tables import curve_table, kernels_table, make_table, number, show_online, tuned_table
 from lmtool.errors import InputError
 
 FORMAT = "lmtool-bench/1"
@@ -177,7 +177,9 @@ _COLUMNS = {
 
 
 def _table_of(report: Report) -> Table:
-    """What was measured says which: a search, ops, or the engine's workloads."""
+    """What was measured says which: a server's curve, a search, ops, or the engine's workloads."""
+    if "concurrency" in report.results[0]:
+        return curve_table(report.results)
     metrics = report.results[0].get("metrics", {})
     if "before_s" in metrics:
         return tuned_table(report.results)

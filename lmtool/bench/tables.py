@@ -69,6 +69,22 @@ def kernels_table(results: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
+def curve_table(results: Sequence[dict[str, Any]]) -> Table:
+    """Of `bench curve`: a row for each number of requests at once and length of prompts; times in ms."""
+    columns = "req/s", "output tok/s", "TTFT p50, ms", "p99", "ITL p50", "p99"
+    table = make_table("at once, tokens in/out", *columns)
+    for result in results:
+        metrics = result["metrics"]
+        first, between = metrics["time_to_first_token_s"], metrics["inter_token_latency_s"]
+        table.add_row(
+            f"{result['concurrency']}, {number(result['input_len'])}/{number(result['output_len'])}",
+            scaled(metrics["requests_per_s"], 1),
+            scaled(metrics["output_tokens_per_s"], 1),
+            *(scaled(times, 1e3, key) for times in (first, between) for key in ("median", "p99")),
+        )
+    return table
+
+
 _TIMES = {
     "time_to_first_token_s": "first token (TTFT)",
     "time_per_output_token_s": "a later token (TPOT)",

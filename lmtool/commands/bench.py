@@ -10,11 +10,14 @@ from lmtool.commands.bench_kernels import kernels
 from lmtool.commands.bench_kv import kv
 from lmtool.commands.bench_online import online
 from lmtool.commands.bench_options import JsonFile, Png, Seed, numbers
+from lmtool.commands.bench_plan import curve, plan
 from lmtool.errors import ConfigError, InputError
 
 app = typer.Typer(help="Measure the engine, beside what this machine allows.", no_args_is_help=True)
 app.command()(kernels)
 app.command()(online)
+app.command()(curve)
+app.command()(plan)
 app.command()(kv)
 
 Model = Annotated[

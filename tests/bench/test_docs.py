@@ -31,7 +31,7 @@ def test_every_command_line_is_one_that_is_understood() -> None:
 
 def test_every_option_of_the_new_commands_is_described() -> None:
     described = set(re.findall(r"--[a-z-]+", DOCS)) | UNIVERSAL
-    for name in ("kernels", "online", "kv"):
+    for name in ("kernels", "online", "kv", "curve", "plan"):
         for param in cli.build().commands["bench"].commands[name].params:
             flags = {flag for flag in (*param.opts, *param.secondary_opts) if flag.startswith("--")}
             assert not flags or flags & described, f"bench {name} {flags}"
