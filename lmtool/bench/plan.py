@@ -15,7 +15,7 @@ from lmtool.errors import ConfigError
 
 _MOST_REPLICAS = 1024  # as of `serve proxy`
 PERCENTILES = (50.0, 90.0, 95.0, 99.0)
-ROUTINGS = ("queue", "random")
+ROUTINGS = ("least-queued", "random")  # as `serve proxy` calls them
 RATE, FIRST_TOKEN, GAP = "rate", "first token", "between tokens"  # what a number of replicas may fail by
 
 
@@ -26,7 +26,7 @@ class Load:
     rate: float
     input_len: float
     output_len: float
-    routing: str = "queue"
+    routing: str = "least-queued"
 
     def __post_init__(self) -> None:
         if self.routing not in ROUTINGS:
@@ -88,7 +88,7 @@ def forecast(replica: Replica, load: Load, targets: Targets, num_replicas: int) 
     used = load.rate / (num_replicas * replica.capacity)
     if used > MOST_UTILIZED:
         return Forecast(num_replicas=num_replicas, utilization=used, state=None, misses=(RATE,))
-    if load.routing == "queue":
+    if load.routing == "least-queued":
         state = steady_state(replica.together(num_replicas), load.rate)
     else:
         state = steady_state(replica, load.rate / num_replicas)

@@ -87,7 +87,7 @@ def _at_once(one: Forecast, load: Load) -> float | None:
     """Requests in each replica, on average."""
     if one.state is None:
         return None
-    return one.state.mean_at_once / (one.num_replicas if load.routing == "queue" else 1)
+    return one.state.mean_at_once / (one.num_replicas if load.routing == "least-queued" else 1)
 
 
 def _conclusions(found: Sizing, load: Load) -> list[str]:

@@ -27,9 +27,7 @@ Out = Annotated[float, typer.Option("--out", help="Tokens of an answer, on avera
 TargetTtft = Annotated[float | None, typer.Option(metavar="S", help="Longest time to a first token, seconds.")]
 TargetItl = Annotated[float | None, typer.Option(metavar="MS", help="Longest time between tokens, milliseconds.")]
 Percentile = Annotated[float, typer.Option(help="Of first tokens and gaps that keep the targets: 50, 90, 95 or 99.")]
-Routing = Annotated[
-    str, typer.Option(help="queue: each request to the shortest, as `serve proxy` does; random: to any replica.")
-]
+Routing = Annotated[str, typer.Option(help="Of the front: least-queued (`serve proxy`), or random.")]
 Png = Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the rate against the first token.")]
 
 
@@ -77,7 +75,7 @@ def plan(
     target_ttft: TargetTtft = None,
     target_itl: TargetItl = None,
     percentile: Percentile = 99.0,
-    routing: Routing = "queue",
+    routing: Routing = "least-queued",
     json: JsonFile = None,
     png: Png = None,
 ) -> None:

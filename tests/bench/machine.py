@@ -102,7 +102,7 @@ def poisson(
         for machine in machines:
             machine.run_until(when_s)
         shortest = min(machines, key=lambda one: one.num_tokens_to_come)
-        chosen = shortest if routing == "queue" else machines[int(random.integers(num_replicas))]
+        chosen = shortest if routing == "least-queued" else machines[int(random.integers(num_replicas))]
         chosen.ask(Asked(when_s, length))
     for machine in machines:
         machine.run_until(float("inf"))

@@ -80,7 +80,8 @@ def test_several_behind_one_queue_are_one_that_is_larger() -> None:
 
 # ---------------------------------------------------------------------- predictions
 @pytest.mark.parametrize(
-    ("num_replicas", "used", "routing"), [(1, 0.3, "queue"), (1, 0.6, "queue"), (3, 0.7, "queue"), (2, 0.5, "random")]
+    ("num_replicas", "used", "routing"),
+    [(1, 0.3, "least-queued"), (1, 0.6, "least-queued"), (3, 0.7, "least-queued"), (2, 0.5, "random")],
 )
 def test_what_is_predicted_comes_true(measured: Replica, num_replicas: int, used: float, routing: str) -> None:
     """Medians within a quarter, tails within a third."""
@@ -104,7 +105,7 @@ def test_the_number_that_is_said_is_the_one_that_is_needed(measured: Replica) ->
     assert 2 <= found.num_replicas <= 6
 
     def p99(num_replicas: int) -> float:
-        seen = poisson(step_s, SLOTS, load.rate, OUT, num_replicas, routing="queue", count=4000)
+        seen = poisson(step_s, SLOTS, load.rate, OUT, num_replicas, routing="least-queued", count=4000)
         return float(np.percentile([one.time_to_first_token_s for one in seen], 99))
 
     assert p99(found.num_replicas) <= 0.4 < p99(found.num_replicas - 1)
@@ -212,7 +213,10 @@ def test_table_json_and_picture(saved: Path, tmp_path: Path, capsys: pytest.Capt
             "--rate 1 --in 100 --out 32 --target-ttft 1 --percentile 98",
             "--percentile is 98; give one of 50, 90, 95, 99",
         ),
-        ("--rate 1 --in 100 --out 32 --target-ttft 1 --routing even", "--routing is 'even'; give queue or random"),
+        (
+            "--rate 1 --in 100 --out 32 --target-ttft 1 --routing even",
+            "--routing is 'even'; give least-queued or random",
+        ),
         ("--rate 1 --in 300 --out 32 --target-ttft 1", "--in is 300, prompts of 100 tokens were measured"),
         ("--rate 1 --in 100 --out 32 --target-ttft 0.01", "--target-ttft is 0.01 s, an empty replica takes"),
         ("--rate 90000 --in 100 --out 32 --target-ttft 1", "1,024 replicas do not keep the targets"),
