@@ -21,7 +21,7 @@ from lmtool.bench import workloads
 from lmtool.bench.offline import drive, free, greedy_requests
 from lmtool.bench.shapes import find_shape
 from lmtool.config import EngineConfig
-from lmtool.engine.ranks import join_group
+from lmtool.engine.rank_group import join_group
 from lmtool.engine.setup import load_random
 
 SIZES = (8 << 10, 64 << 10, 512 << 10, 4 << 20, 64 << 20)

@@ -23,6 +23,15 @@ MAX_LOGPROBS = 20
 LOOPBACK = ("127.0.0.1", "::1", "localhost")  # hosts that only this machine reaches
 
 
+def split_address(address: str) -> tuple[str, int]:
+    """Of HOST:PORT or [IPV6]:PORT. Raises ConfigError for anything else."""
+    host, _, port = address.rpartition(":")
+    bare = host.removeprefix("[").removesuffix("]")
+    if not bare or (":" in bare) != (host != bare) or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise ConfigError(f"--rank-hosts: {address!r} is no address", "give HOST:PORT, as `lmtool serve ranks` says it")
+    return bare, int(port)
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -91,7 +100,7 @@ class EngineConfig:
     cache_max_entry_count  share of the *free* device memory for the KV cache (GPU)
     cache_gb               size of the KV cache in GiB; on a CPU this is what bounds it
     cache_host_gb          host memory (pinned, on a GPU) for blocks of the KV cache that the device has no room for, in
-                           GiB; they are copied back when their beginning comes again. 0: none
+                           GiB, all ranks together; they are copied back when their beginning comes again. 0: none
     quant_policy           the K/V cache: 0 as numbers, 8 int8, 4 int4 (what LMDeploy calls these)
     kv_dtype               the same by name: 'model', 'int8', 'int4', 'k8v4' (K in 8 bits, V in 4), 'static' (int8
                            with the parameters that `lite kv_qparams` wrote into a workspace), or 'auto': int8 where
@@ -99,6 +108,7 @@ class EngineConfig:
     prefix_caching         share the K/V blocks of equal prompt beginnings
     cuda_graphs            capture the decode step once for each batch size (GPU); off: a slower engine starts faster
     tp                     ranks that share the model, each with a part of every matrix: GPUs, from ``device`` on
+    rank_hosts             HOST:PORT of `lmtool serve ranks` on each other machine that takes an equal part of the ranks
     given                  names of what was passed: a workspace's engine.toml sets the others
     """
 
@@ -117,6 +127,7 @@ class EngineConfig:
     prefix_caching: bool = True
     cuda_graphs: bool = True
     tp: int = 1
+    rank_hosts: tuple[str, ...] = ()
     given: frozenset[str] = field(init=False, repr=False, compare=False)
 
     def __new__(cls, **settings: Any) -> Self:
@@ -142,6 +153,9 @@ class EngineConfig:
         def check(ok: bool, name: str, wanted: str) -> None:
             _check(ok, name, getattr(self, name), wanted, ConfigError)
 
+        hosts: object = self.rank_hosts
+        if isinstance(hosts, list):  # out of a file or a message
+            object.__setattr__(self, "rank_hosts", tuple(hosts))
         _check_types(self, ConfigError)
         check(self.dtype in DTYPES, "dtype", "one of " + ", ".join(DTYPES))
         check(self.model_format in (None, *MODEL_FORMATS), "model_format", "one of " + ", ".join(MODEL_FORMATS))
@@ -152,6 +166,7 @@ class EngineConfig:
         )
         check(self.max_image_tiles is None or self.max_image_tiles >= 1, "max_image_tiles", "at least 1")
         check(1 <= self.tp <= 64, "tp", "a number of GPUs from 1 to 64")
+        self._check_rank_hosts()
         check(0 < self.cache_max_entry_count < 1, "cache_max_entry_count", "a share between 0 and 1")
         check(self.cache_gb is None or 0 < self.cache_gb < math.inf, "cache_gb", "a size in GiB above 0")
         check(0 <= self.cache_host_gb < math.inf, "cache_host_gb", "a size in GiB, or 0: no host memory")
@@ -162,6 +177,22 @@ class EngineConfig:
         named = QUANT_POLICIES[self.quant_policy]
         if self.kv_dtype is not None and self.quant_policy and self.kv_dtype != named:
             check(False, "kv_dtype", f"{named}, which is --quant-policy {self.quant_policy}, or leave one out")
+
+    def _check_rank_hosts(self) -> None:
+        for address in self.rank_hosts:
+            split_address(address)
+        if len(set(self.rank_hosts)) < len(self.rank_hosts):
+            raise ConfigError("--rank-hosts names one twice", "give each once: it takes as many ranks as the others")
+        if self.tp % self.num_machines:
+            raise ConfigError(
+                f"--tp {self.tp} cannot be shared out evenly among {self.num_machines} machines, this one and "
+                f"{len(self.rank_hosts)} of --rank-hosts",
+                f"give a --tp that {self.num_machines} divides",
+            )
+
+    @property
+    def num_machines(self) -> int:
+        return 1 + len(self.rank_hosts)
 
     @property
     def kv_choice(self) -> str:

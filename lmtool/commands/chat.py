@@ -70,6 +70,7 @@ def chat(
     cache_host_gb: options.CacheHostGb = None,
     cache_max_entry_count: options.CacheMaxEntryCount = None,
     tp: options.Tp = None,
+    rank_hosts: options.RankHosts = None,
     chat_template: options.ChatTemplate = None,
     revision: options.Revision = None,
     download_dir: options.DownloadDir = None,
@@ -109,6 +110,7 @@ def chat(
         cache_host_gb=cache_host_gb,
         cache_max_entry_count=cache_max_entry_count,
         tp=tp,
+        rank_hosts=options.separate(rank_hosts),
         max_batch_size=1,  # one conversation: fewer kernels to compile and one graph to capture
     )
     question = read_question(prompt, sys.stdin)

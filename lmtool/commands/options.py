@@ -95,6 +95,15 @@ Tp = Annotated[
         rich_help_panel=_ENGINE,
     ),
 ]
+RankHosts = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="Machines that take an equal part of the --tp ranks each, where `lmtool serve ranks` runs; several times, "
+        "or with commas.",
+        rich_help_panel=_ENGINE,
+    ),
+]
 Backend = Annotated[str | None, typer.Option(hidden=True)]  # LMDeploy has two engines
 _ENGINE_NAMES = ("turbomind", "pytorch")
 
@@ -151,6 +160,11 @@ def say_one_engine(name: str) -> None:
 def given(**flags: Any) -> dict[str, Any]:
     """Only the flags that were given."""
     return {name: value for name, value in flags.items() if value is not None and value != []}
+
+
+def separate(values: list[str] | None) -> tuple[str, ...] | None:
+    """Of a flag that is given several times, or with commas."""
+    return tuple(one for value in values for one in value.split(",")) if values else None
 
 
 def engine_config(**flags: Any) -> EngineConfig:

@@ -10,12 +10,14 @@ from lmtool.commands import options, serve_options
 from lmtool.commands.serve_client import api_client
 from lmtool.commands.serve_gradio import gradio
 from lmtool.commands.serve_proxy import proxy
+from lmtool.commands.serve_ranks import ranks
 from lmtool.errors import InputError
 
 app = typer.Typer(no_args_is_help=True, help="Serve a model over HTTP, and talk to a server.")
 app.command("api-client")(api_client)
 app.command("gradio")(gradio)
 app.command("proxy")(proxy)
+app.command("ranks")(ranks)
 
 _SERVER = serve_options.SERVER
 _LIMITS = "Limits"
@@ -82,6 +84,7 @@ def api_server(
     session_len: options.SessionLen = None,
     max_batch_size: serve_options.MaxBatchSize = None,
     tp: options.Tp = None,
+    rank_hosts: options.RankHosts = None,
     quant_policy: options.QuantPolicy = None,
     kv_dtype: options.KvDtype = None,
     cache_gb: options.CacheGb = None,
@@ -112,6 +115,7 @@ def api_server(
         cache_gb=cache_gb,
         cache_host_gb=cache_host_gb,
         tp=tp,
+        rank_hosts=options.separate(rank_hosts),
         cache_max_entry_count=cache_max_entry_count,
     )
     options.engine_config(**engine)  # what is wrong with the flags is said before a model is looked for
@@ -129,7 +133,7 @@ def api_server(
         drain_timeout_s=drain_timeout,
         max_body_bytes=None if max_body_mb is None else int(max_body_mb * (1 << 20)),
         max_images=max_images,
-        allowed_image_hosts=tuple(host for hosts in allowed_image_hosts or () for host in hosts.split(",")),
+        allowed_image_hosts=options.separate(allowed_image_hosts) or (),
         disable_docs=disable_docs,
         log_requests=log_requests,
     )

@@ -28,6 +28,7 @@ _OF_MODEL = (
     "session_len",
     "max_batch_size",
     "tp",
+    "rank_hosts",
     "quant_policy",
     "kv_dtype",
     "cache_gb",
@@ -71,6 +72,7 @@ def gradio(
     session_len: options.SessionLen = None,
     max_batch_size: serve_options.MaxBatchSize = None,
     tp: options.Tp = None,
+    rank_hosts: options.RankHosts = None,
     quant_policy: options.QuantPolicy = None,
     kv_dtype: options.KvDtype = None,
     cache_gb: options.CacheGb = None,
@@ -106,6 +108,7 @@ def gradio(
         cache_gb=cache_gb,
         cache_host_gb=cache_host_gb,
         tp=tp,
+        rank_hosts=options.separate(rank_hosts),
         cache_max_entry_count=cache_max_entry_count,
     )
     if backend is not None:

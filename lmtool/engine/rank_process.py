@@ -15,12 +15,14 @@ from pathlib import Path
 
 import msgspec
 import torch
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from lmtool import log
 from lmtool.config import EngineConfig
 from lmtool.engine.executor import Runner
-from lmtool.engine.rank_wire import Failed, Frames, Launch, RankOrders, Ready, Refused
-from lmtool.engine.ranks import join_group
+from lmtool.engine.frames import Frames
+from lmtool.engine.rank_group import device_of, file_store, find_store, join_group
+from lmtool.engine.rank_wire import Arrived, Copy, Failed, Landed, Launch, RankOrders, Ready, Refused, ToRank
 from lmtool.engine.setup import load_rank
 from lmtool.errors import LmtoolError
 from lmtool.models.config import ModelConfig
@@ -35,9 +37,9 @@ def main() -> int:
     if orders.verbose:
         log.be_verbose()
     threading.Thread(target=_end_with_the_first, daemon=True).start()
-    frames = Frames(socket.socket(fileno=orders.socket_fd), Launch)
+    frames = Frames(socket.socket(fileno=orders.socket_fd), ToRank)
     try:
-        runner = _load(orders)
+        runner = _load(orders, frames)
     except LmtoolError as error:
         frames.send(Refused(type(error).__name__, error.cause, error.fix))
         return error.exit_code
@@ -46,16 +48,18 @@ def main() -> int:
         frames.send(Refused("EngineError", f"rank {orders.rank} cannot start: {type(error).__name__}: {error}"))
         return 1
     frames.send(Ready())
-    with contextlib.suppress(EOFError, OSError):
+    with contextlib.suppress(EOFError, OSError):  # or the first rank's machine is gone
         _serve(runner, frames)
     os._exit(0)  # work that waits for the other ranks is on the device: nobody waits for it
 
 
-def _load(orders: RankOrders) -> Runner:
-    device = torch.device(orders.device)
+def _load(orders: RankOrders, frames: Frames) -> Runner:
+    device = device_of(orders.card, orders.num_cards, torch.device(orders.device), orders.size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    group = join_group(Path(orders.store), orders.rank, orders.size, device)
+    store, address = _meeting(orders, frames.connection)
+    frames.send(Arrived())
+    group = join_group(store, orders.rank, orders.size, device, address)
     config = EngineConfig(**orders.engine)
     model = msgspec.convert(orders.shape, ModelConfig) if orders.shape is not None else None
     return load_rank(
@@ -68,14 +72,33 @@ def _load(orders: RankOrders) -> Runner:
     )
 
 
+def _meeting(orders: RankOrders, connection: socket.socket) -> tuple[Store, str | None]:
+    """Where the ranks meet, and by which of its addresses this machine does, where there are several."""
+    if isinstance(orders.store, str):
+        return file_store(Path(orders.store), orders.size), None
+    first, port = orders.store
+    is_first_machine = connection.family == socket.AF_UNIX
+    return find_store(first, port), first if is_first_machine else str(connection.getsockname()[0])
+
+
 def _serve(runner: Runner, frames: Frames) -> None:
     while True:
-        told: Launch = frames.receive()
+        told: ToRank = frames.receive()
         try:
-            runner.launch(told.batch)
+            _do(runner, told)
         except Exception as error:  # the first rank had the same, or it will hear of this
-            _log.debug("step %d failed", told.number, exc_info=error)
-            frames.send(Failed(told.number, f"{type(error).__name__}: {error}"))
+            number = told.number if isinstance(told, Launch) else 0
+            _log.debug("step %d failed", number, exc_info=error)
+            frames.send(Failed(number, f"{type(error).__name__}: {error}"))
+
+
+def _do(runner: Runner, told: ToRank) -> None:
+    if isinstance(told, Launch):
+        runner.launch(told.batch)
+    elif isinstance(told, Copy):
+        runner.copy(told.saves, told.loads)
+    elif isinstance(told, Landed):
+        runner.await_loads(told.numbers)
 
 
 def _end_with_the_first() -> None:

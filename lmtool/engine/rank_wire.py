@@ -1,30 +1,34 @@
-"""What the ranks of an engine say to each other: msgpack frames over a socket pair, no pickle.
+"""What the ranks of an engine say to each other, in frames (`lmtool.engine.frames`)."""
 
-A frame is its length, four bytes, little-endian, and a message.
-"""
-
-import socket
 from typing import Any
 
 import msgspec
 
-from lmtool.engine.batch import Batch
-
-_LENGTH_BYTES = 4
-_PIECE = 1 << 20
+from lmtool.engine.batch import Batch, Load
 
 
 class RankOrders(msgspec.Struct, frozen=True):
-    """The first line of a rank's stdin. store: a file through which the ranks find each other; engine: what was given
-    of `EngineConfig`; shape: random weights of this shape (`ModelConfig`'s fields) in place of ``path``'s."""
+    """The first line of a rank's stdin.
+
+    card        of the GPUs that its machine has for this engine: 0 is the one that ``device`` names
+    num_cards   of its machine for this engine
+    store       how the ranks find each other: a file, or address and port of the first rank
+    socket_fd   its connection to the first rank; known to whoever starts the process
+    engine      what was given of `EngineConfig`
+    shape       random weights of this shape (`ModelConfig`'s fields) in place of ``path``'s
+    digest      of the model as the first rank has it, where ranks on other machines read copies
+    """
 
     rank: int
     size: int
-    store: str
-    socket_fd: int
+    card: int
+    num_cards: int
     device: str
     engine: dict[str, Any]
+    store: str | tuple[str, int]
+    socket_fd: int = -1
     path: str | None = None
+    digest: str | None = None
     shape: dict[str, Any] | None = None
     group_size: int | None = None
     verbose: bool = False
@@ -35,6 +39,23 @@ class Launch(msgspec.Struct, tag=True, frozen=True, array_like=True):
 
     number: int
     batch: Batch
+
+
+class Copy(msgspec.Struct, tag=True, frozen=True, array_like=True):
+    """Each rank its part of these blocks: (block, host block) that go to the host, loads that come from there."""
+
+    saves: list[tuple[int, int]]
+    loads: list[Load]
+
+
+class Landed(msgspec.Struct, tag=True, frozen=True, array_like=True):
+    """These loads are over on the first rank: what is launched from now on waits for them."""
+
+    numbers: list[int]
+
+
+class Arrived(msgspec.Struct, tag=True, frozen=True, array_like=True):
+    """The rank is there, and joins the group next."""
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True, array_like=True):
@@ -56,36 +77,5 @@ class Failed(msgspec.Struct, tag=True, frozen=True, array_like=True):
     cause: str
 
 
-FromRank = Ready | Refused | Failed
-
-
-class Frames:
-    """One end of a connection. told: the kinds of message that come in."""
-
-    def __init__(self, connection: socket.socket, told: Any) -> None:
-        self.connection = connection
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(told)
-        self._buffer = bytearray()
-
-    def send(self, message: Any) -> None:
-        """Raises OSError where nobody is there any more."""
-        self.connection.sendall(self.frame(message))
-
-    def frame(self, message: Any) -> bytes:
-        body = self._encoder.encode(message)
-        return len(body).to_bytes(_LENGTH_BYTES, "little") + body
-
-    def receive(self) -> Any:
-        """The next message; waits for it. Raises EOFError where the other end is gone."""
-        while True:
-            if len(self._buffer) >= _LENGTH_BYTES:
-                end = _LENGTH_BYTES + int.from_bytes(self._buffer[:_LENGTH_BYTES], "little")
-                if len(self._buffer) >= end:
-                    body = bytes(self._buffer[_LENGTH_BYTES:end])
-                    del self._buffer[:end]
-                    return self._decoder.decode(body)
-            data = self.connection.recv(_PIECE)
-            if not data:
-                raise EOFError
-            self._buffer += data
+FromRank = Arrived | Ready | Refused | Failed
+ToRank = Launch | Copy | Landed

@@ -147,7 +147,7 @@ def ranks_of(
     except Exception as error:
         try:
             if not isinstance(error, InputError):
-                ranks.check()  # why one of them is not there is why this failed
+                ranks.explain()  # why one of them is not there is why this failed
         finally:
             ranks.close()
         raise
