@@ -50,6 +50,10 @@ class FrontContext:
         self.bodies = Bodies(self.config.max_body_bytes or _BODY_BYTES)
         self.figures = Figures(self.fleet.models, self._gauges)
 
+    def set_models(self, models: tuple[str, ...]) -> None:
+        self.fleet.set_models(models)
+        self.figures.set_models(models)
+
     def _gauges(self, model: str) -> dict[str, float]:
         known, router = self.fleet.replicas(model), self.fleet.router(model)
         return {

@@ -76,8 +76,9 @@ class Directory:
                 self._failed.pop(model, None)
         return taken
 
-    def release(self, owner: str) -> None:
-        self._owners = {model: found for model, found in self._owners.items() if found[0] != owner}
+    def release(self, owner: str, models: tuple[str, ...]) -> None:
+        """Those of them that are this front's are nobody's from now on."""
+        self._owners = {model: one for model, one in self._owners.items() if model not in models or one[0] != owner}
 
     def listing(self, owner: str) -> Listing:
         """The owner is alive: it asks again and again."""

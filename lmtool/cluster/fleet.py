@@ -20,19 +20,28 @@ _QUIET_S = 3.0  # who says nothing for as long is asked only where nobody else i
 
 
 class Fleet:
-    """models: their names. look: reads the directory."""
+    """models: their names. look: reads the directory. router: makes one for a model."""
 
-    def __init__(self, models: Sequence[str], look: Callable[[], Awaitable[Listing]]) -> None:
-        self.models = tuple(models)
+    def __init__(
+        self, models: Sequence[str], look: Callable[[], Awaitable[Listing]], router: Callable[[], Router] = Router
+    ) -> None:
+        self.models: tuple[str, ...] = ()
         self.failed: dict[str, FailedStart] = {}
         self.num_open = 0
         self._look = look
         self._records: dict[str, Record] = {}
-        self._routers = {model: Router() for model in models}
+        self._router = router
+        self._routers: dict[str, Router] = {}
         self._suspects: dict[str, int] = {}  # the beat at which each failed somebody
         self._listed_s = 0.0  # when the directory answered last, by this clock
         self._beats: dict[str, tuple[int, float]] = {}  # the last one of each, and when it was seen first
         self._open: dict[str, set[asyncio.Timeout]] = {}
+        self.set_models(models)
+
+    def set_models(self, models: Sequence[str]) -> None:
+        """What is asked of others goes on there, and nothing new comes."""
+        self.models = tuple(models)
+        self._routers = {model: self._routers.get(model) or self._router() for model in models}
 
     # ------------------------------------------------------------------ who there is
     async def keep_looking(self) -> None:
@@ -45,14 +54,16 @@ class Fleet:
             await asyncio.sleep(_LOOK_S)
 
     def take_listing(self, listing: Listing) -> None:
-        records = {record.name: record for record in listing.replicas if record.model in self._routers}
+        records = {one.name: one for one in listing.replicas if one.model in self._routers or one.name in self._open}
         for name, record in records.items():
             before = self._records.get(name)
             if before is not None and 0 < before.num_starts < record.num_starts:
                 _log.warning("the engine of replica %s of %s was started again", name, record.model)
-                self._routers[record.model].forget_cache(name)
+                if record.model in self._routers:
+                    self._routers[record.model].forget_cache(name)
         for name in self._records.keys() - records.keys():
-            _log.warning("replica %s of %s is gone", name, self._records[name].model)
+            if self._records[name].model in self._routers:
+                _log.warning("replica %s of %s is gone", name, self._records[name].model)
         self._records = records
         self._listed_s = time.monotonic()
         known = {name: self._beats.get(name, (-1, 0.0)) for name in records}
@@ -94,10 +105,11 @@ class Fleet:
         """A place for a request, at none of those that were tried; None where there is none."""
         names = [one.name for one in self.ready(model) if one.name not in tried]
         lively = [name for name in names if self._listed_s - self._beats[name][1] < _QUIET_S]
-        return self._routers[model].take(prompt, num_new_tokens, lively or names)
+        router = self._routers.get(model)  # None: the model was withdrawn meanwhile
+        return router.take(prompt, num_new_tokens, lively or names) if router else None
 
     @contextlib.asynccontextmanager
-    async def at(self, model: str, ticket: Ticket) -> AsyncIterator[Record]:
+    async def at(self, ticket: Ticket) -> AsyncIterator[Record]:
         """While the request is there. Raises TimeoutError inside the block when the replica is gone."""
         record = self._records[ticket.name]
         scopes = self._open.setdefault(ticket.name, set())
@@ -111,7 +123,7 @@ class Fleet:
             scopes.discard(scope)
             if not scopes:
                 self._open.pop(ticket.name, None)
-            self._routers[model].end(ticket)
+            Router.end(ticket)
 
 
 def _let_go(scopes: Collection[asyncio.Timeout]) -> None:

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from lmtool.cluster.directory import Record
 from lmtool.cluster.figures import Figures
 from lmtool.cluster.fleet import Fleet
-from lmtool.cluster.routing import Prompt, Ticket
+from lmtool.cluster.routing import Prompt, Router, Ticket
 from lmtool.errors import EngineError
 from lmtool.server.disconnect import ClientGone, until_gone
 from lmtool.server.errors import Refusal, body_of
@@ -156,7 +156,7 @@ class Forward(Response):
 
     async def _ask(self, ticket: Ticket, answer: _Answer) -> None:
         try:
-            async with self._fleet.at(self._question.model, ticket) as record, self._post(record) as response:
+            async with self._fleet.at(ticket) as record, self._post(record) as response:
                 if response.content_type == "text/event-stream":
                     await self._pass_events(ticket, response, answer)
                     return
@@ -182,7 +182,7 @@ class Forward(Response):
             if not answer.has_begun:
                 await answer.begin(response.status, _headers(response))
                 # the prompt has been computed: what waits there now is the answer
-                self._fleet.router(self._question.model).end(ticket, ticket.num_tokens - self._question.num_new_tokens)
+                Router.end(ticket, ticket.num_tokens - self._question.num_new_tokens)
             await answer.part(rest[:end])
             rest = rest[end:]
         if not answer.has_begun:

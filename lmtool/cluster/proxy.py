@@ -8,18 +8,23 @@ import secrets
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from lmtool.cluster.app import FrontContext, create_front
 from lmtool.cluster.directory import Listing
 from lmtool.cluster.fleet import Fleet
 from lmtool.cluster.forward import replica_session
+from lmtool.cluster.routing import Policy, Router
 from lmtool.cluster.spec import ClusterSpec
-from lmtool.errors import ConfigError, InputError
+from lmtool.errors import InputError
 from lmtool.server.config import ServerConfig
 from lmtool.server.http_process import uvicorn_server
 from lmtool.server.supervisor import address_of, bind
+
+if TYPE_CHECKING:  # whose module imports Ray, which has to hear of its token before
+    from lmtool.cluster.served import Served
 
 _log = logging.getLogger(__name__)
 _POLL_S = 0.05
@@ -30,10 +35,15 @@ Say = Callable[[str], None]
 
 
 def serve_proxy(
-    spec: ClusterSpec, config: ServerConfig, ray_address: str | None, say: Say, reread: Callable[[], ClusterSpec]
+    spec: ClusterSpec,
+    config: ServerConfig,
+    ray_address: str | None,
+    routing: Policy,
+    say: Say,
+    reread: Callable[[], ClusterSpec],
 ) -> None:
     """Until SIGINT or SIGTERM. ray_address: of a cluster; None: one of its own on this machine, for as long as this.
-    reread: what is to be served from SIGHUP on; the same models by name, with other settings.
+    reread: what is to be served from SIGHUP on.
 
     Raises what keeps it from serving: ConfigError, and of a model that cannot start what its engine says.
     """
@@ -42,82 +52,40 @@ def serve_proxy(
     [door] = bind(config)
     quietly = contextlib.redirect_stdout(sys.stderr)  # where Ray says what it notices
     owner = secrets.token_hex(8)
-    loopback = ray_address is None
-    with door, quietly, joined(ray_address, say), _deployed(spec, owner, loopback=loopback, say=say):
+    with door, quietly, joined(ray_address, say):
         import uvloop
 
-        def update() -> list[str]:
-            nonlocal spec
-            wanted = reread()
-            changed = _update(spec, wanted, loopback=loopback)
-            spec = wanted
-            return changed
+        from lmtool.cluster.served import Served
 
-        uvloop.run(_Proxy(spec, config, door, owner, say, update).main())
-
-
-@contextlib.contextmanager
-def _deployed(spec: ClusterSpec, owner: str, *, loopback: bool, say: Say) -> Iterator[None]:
-    """The models, as long as the block lasts."""
-    import ray
-
-    from lmtool.cluster import deployment
-    from lmtool.cluster.directory import directory
-
-    deployment.check_fit(spec, deployment.nodes())
-    taken = ray.get(directory().claim.remote(owner, spec.names))
-    if taken:
-        raise ConfigError(
-            f"{taken[0]} is served by another proxy on this cluster", "end that one, or give another name"
-        )
-    num_replicas = sum(model.replicas for model in spec.models)
-    say(f"starting {num_replicas} replicas of {', '.join(spec.names)}")
-    try:
-        deployment.deploy(spec, loopback=loopback)
-        yield
-    finally:
-        deployment.withdraw(spec)
-        with contextlib.suppress(ray.exceptions.RayError):
-            ray.get(directory().release.remote(owner), timeout=_LAST_WORDS_S)
-
-
-def _update(spec: ClusterSpec, wanted: ClusterSpec, *, loopback: bool) -> list[str]:
-    """Replicas of models whose settings differ are replaced, one after another: their names. Raises ConfigError."""
-    from lmtool.cluster import deployment
-
-    if wanted.names != spec.names:
-        raise ConfigError(
-            f"the models are now {', '.join(wanted.names)} and were {', '.join(spec.names)}",
-            "keep the names, or start the proxy again",
-        )
-    changed = tuple(new for new, old in zip(wanted.models, spec.models, strict=True) if new != old)
-    deployment.check_fit(wanted, deployment.nodes())
-    if changed:
-        deployment.deploy(ClusterSpec(changed), loopback=loopback)
-    return [model.name for model in changed]
+        num_replicas = sum(model.bounds[0] for model in spec.models)
+        say(f"starting {num_replicas} replicas of {', '.join(spec.names)}")
+        with Served(spec, owner, loopback=ray_address is None) as served:
+            uvloop.run(_Proxy(served, owner, config, routing, door, say, reread).main())
 
 
 class _Proxy:
-    """The front, from its start to its end. update: what SIGHUP is for; takes a while, gives the models it changed."""
+    """The front, from its start to its end."""
 
     def __init__(
         self,
-        spec: ClusterSpec,
-        config: ServerConfig,
-        door: socket.socket,
+        served: "Served",
         owner: str,
+        config: ServerConfig,
+        routing: Policy,
+        door: socket.socket,
         say: Say,
-        update: Callable[[], list[str]],
+        reread: Callable[[], ClusterSpec],
     ) -> None:
         from lmtool.cluster.directory import directory
 
+        self._served = served
+        self._owner = owner
         self._config = config
         self._door = door
-        self._owner = owner
         self._say = say
+        self._reread = reread
         self._directory = directory()
-        self._fleet = Fleet(spec.names, self._look)
-        self._update = update
+        self._fleet = Fleet(served.spec.names, self._look, partial(Router, routing))
         self._stop = asyncio.Event()
         self._asked_to_update = asyncio.Event()
 
@@ -140,7 +108,7 @@ class _Proxy:
                 asyncio.create_task(self._fail_with_models()),
             ]
             looking = asyncio.create_task(self._fleet.keep_looking())
-            beside = [asyncio.create_task(work) for work in (self._tell_when_ready(), self._keep_updating())]
+            beside = [asyncio.create_task(work) for work in (self._tell_when_ready(), self._keep_updating(context))]
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in beside:
                 task.cancel()
@@ -153,16 +121,19 @@ class _Proxy:
             for task in done:
                 task.result()  # raises what a model says
 
-    async def _keep_updating(self) -> None:
+    async def _keep_updating(self, context: FrontContext) -> None:
         while True:
             await self._asked_to_update.wait()
             self._asked_to_update.clear()
             try:
-                changed = await asyncio.to_thread(self._update)
+                wanted = await asyncio.to_thread(self._reread)
+                change = await asyncio.to_thread(self._served.update, wanted)
             except Exception as error:  # what is served already goes on
                 _log.warning("nothing was changed: %s", error)
-            else:
-                self._say(f"replicas are replaced one after another: {', '.join(changed) or 'none, nothing differs'}")
+                continue
+            context.set_models(wanted.names)  # what is removed gets no new requests from now on
+            self._say(f"{change}")
+            await asyncio.to_thread(self._served.withdraw, change.removed)
 
     def _end(self) -> None:
         if self._stop.is_set():  # asked twice: at once; what is of its own ends with this process
@@ -182,19 +153,21 @@ class _Proxy:
                     await asyncio.sleep(_POLL_S)
 
     async def _tell_when_ready(self) -> None:
-        for name in self._fleet.models:
-            while not self._fleet.ready(name):
-                await asyncio.sleep(_POLL_S)
+        while not all(map(self._fleet.ready, self._fleet.models)):
+            await asyncio.sleep(_POLL_S)
         self._say(f"{', '.join(self._fleet.models)} · serving on {address_of(self._config, self._door)}")
 
     async def _fail_with_models(self) -> None:
         """Raises what is wrong with what was given for a model, as its first replica says. What else keeps a replica
         from starting may pass, and Ray tries again."""
-        started: set[str] = set()
+        initial, started, told = set(self._fleet.models), set[str](), set[str]()
         while True:
             await asyncio.sleep(_POLL_S)
             started.update(name for name in self._fleet.models if self._fleet.ready(name))
             for failed in self._fleet.failed.values():
-                error = failed.error()
-                if failed.model not in started and isinstance(error, InputError):
+                error, is_ours = failed.error(), failed.model in initial - started
+                if is_ours and isinstance(error, InputError):
                     raise type(error)(f"{failed.model}: {error.cause}", error.fix)
+                if not is_ours and str(error) not in told:
+                    told.add(str(error))
+                    _log.warning("a replica of %s cannot start, and is tried again: %s", failed.model, error)

@@ -21,6 +21,9 @@ from ray import serve
 from lmtool.child import module_command, module_environment
 from lmtool.cluster.directory import Record, directory
 from lmtool.cluster.orders import FailedStart, ReplicaOrders, ReplicaSays
+from lmtool.cluster.rank_actor import rank_actors
+from lmtool.cluster.scaling import NUM_REQUESTS
+from lmtool.engine.rank_key import KEY
 from lmtool.errors import EngineError, LmtoolError
 
 _log = logging.getLogger(__name__)
@@ -42,30 +45,49 @@ class Replica:
         self._ready_s = time.monotonic()  # when it last was, or began
         host = "127.0.0.1" if loopback else ray.util.get_node_ip_address()
         given = msgspec.json.decode(orders, type=ReplicaOrders)
+        self._process: asyncio.subprocess.Process | None = None
+        self._rank_actors: list[Any] = []
+        self._environment = module_environment()
         config = replace(given.config, host=host, port=0, api_keys=(self._key,), disable_docs=True)
         self._end_s = given.config.drain_timeout_s + END_S
         self._http = aiohttp.ClientSession(
             headers={"Authorization": f"Bearer {self._key}"}, timeout=aiohttp.ClientTimeout(_ANSWER_S)
         )
         try:
-            await self._start(msgspec.json.encode(msgspec.structs.replace(given, config=config)))
+            engine = {**given.engine, **await self._rank_hosts()}
+            await self._start(msgspec.json.encode(msgspec.structs.replace(given, config=config, engine=engine)))
         except LmtoolError as error:
             await self._directory.fail.remote(FailedStart.of(model, error))
             await self._end()
             raise RuntimeError(str(error)) from None  # Ray tries again: what it was may have passed
         self._beating = asyncio.create_task(self._keep_beating())
 
+    async def _rank_hosts(self) -> dict[str, list[str]]:
+        """A setting of its engine's, where it has machines beside this one: who starts ranks there."""
+        group = ray.util.get_current_placement_group()
+        if group is None or group.bundle_count < 2:
+            return {}
+        key = secrets.token_hex(32)
+        self._rank_actors = rank_actors(group, key)
+        try:
+            addresses = await asyncio.gather(*(actor.start.remote() for actor in self._rank_actors))
+        except ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", error)  # of an error of the actor's: without Ray's pages around it
+            raise EngineError(f"no rank host could be started on another machine: {cause}") from error
+        self._environment[KEY] = key
+        return {"rank_hosts": addresses}
+
     async def _start(self, orders: bytes) -> None:
         """Until its engine is ready. Raises what keeps it from that."""
-        self._process = await asyncio.create_subprocess_exec(
+        self._process = process = await asyncio.create_subprocess_exec(
             *module_command("lmtool.cluster.replica_process"),
-            env=module_environment(),
+            env=self._environment,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is the front's
         )
-        assert self._process.stdin is not None
-        self._process.stdin.write(orders + b"\n")
+        assert process.stdin is not None
+        process.stdin.write(orders + b"\n")
         url = (await self._said()).url
         assert url is not None
         name = serve.get_replica_context().replica_id.unique_id
@@ -82,6 +104,7 @@ class Replica:
 
     async def _said(self) -> ReplicaSays:
         """Its next line. Raises what it says is wrong, or that it ended."""
+        assert self._process is not None
         assert self._process.stdout is not None
         line = await self._process.stdout.readline()
         if not line:
@@ -94,7 +117,7 @@ class Replica:
 
     # ------------------------------------------------------------------ how it is
     async def _keep_beating(self) -> None:
-        while self._process.returncode is None:
+        while self._ended_with is None:
             try:
                 async with asyncio.timeout(_ANSWER_S * 2):
                     await self._beat()
@@ -142,6 +165,11 @@ class Replica:
             return found
 
     @property
+    def _ended_with(self) -> int | None:
+        assert self._process is not None
+        return self._process.returncode
+
+    @property
     def _url(self) -> str:
         assert self._record is not None
         return self._record.url
@@ -149,14 +177,25 @@ class Replica:
     # ------------------------------------------------------------------ what Ray Serve asks
     async def check_health(self) -> None:
         """Raises where Ray is to put another in its place."""
-        if self._process.returncode is not None:
-            raise RuntimeError(f"the api_server ended with code {self._process.returncode}")
+        if self._ended_with is not None:
+            raise RuntimeError(f"the api_server ended with code {self._ended_with}")
+        with contextlib.suppress(TimeoutError):  # a machine that is cut off may come back: the engine tries again
+            async with asyncio.timeout(_ANSWER_S):
+                await asyncio.gather(*(actor.check.remote() for actor in self._rank_actors))
         async with self._http.get(f"{self._url}/health") as answer:  # its own word: when the engine was last heard of
             found = await answer.json()
         if found["status"] == "silent":
             raise RuntimeError(found["message"])
         if found["status"] == "down" and time.monotonic() - self._ready_s > _AWAY_S:
             raise RuntimeError(f"the engine is away for more than {_AWAY_S:.0f} s: {found.get('message')}")
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """For `scaling.by_requests`. An engine that is away has nothing to do."""
+        try:
+            stats = await self._read("/stats")
+        except (aiohttp.ClientError, TimeoutError):
+            return {NUM_REQUESTS: 0.0}
+        return {NUM_REQUESTS: float(stats["num_running"] + stats["num_waiting"])}
 
     async def __del__(self) -> None:
         """Ray Serve awaits this, and kills the actor where it takes longer than `END_S` and the answers' time."""
@@ -168,11 +207,12 @@ class Replica:
             await self._directory.drop.remote(self._record.name)
 
     async def _end(self) -> None:
-        if self._process.returncode is None:
-            self._process.terminate()
+        process = self._process
+        if process is not None and process.returncode is None:
+            process.terminate()
             try:
                 async with asyncio.timeout(self._end_s):
-                    await self._process.wait()
+                    await process.wait()
             except TimeoutError:
-                self._process.kill()
+                process.kill()
         await self._http.close()

@@ -1,13 +1,24 @@
 """Which replica a request goes to: the one that has most of its beginning in its cache, unless too much waits there.
 
-Plain data and no clock: the same calls give the same choices. Knows neither HTTP nor Ray. A `Router` is for one model.
+Plain data and no clock: the same calls give the same choices, but where chance is asked for. Knows neither HTTP nor
+Ray. A `Router` is for one model.
 """
 
+import random
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 _NEARLY_EVEN = 4  # queues within a quarter of each other count as even
+
+
+class Policy(StrEnum):
+    """By what a replica is chosen."""
+
+    PREFIX = "prefix"
+    LEAST_QUEUED = "least-queued"
+    RANDOM = "random"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +83,13 @@ class Router:
     remembers least, so that what is new spreads over all caches; then by name.
 
     A replica's memory here is as large as its cache is: what it cannot have any more does not attract.
+
+    This is PREFIX. The others are there to compare with. chance: for RANDOM alone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, policy: Policy = Policy.PREFIX, chance: random.Random | None = None) -> None:
+        self._policy = policy
+        self._chance = chance or random.Random()  # noqa: S311  # no secret depends on it
         self._replicas: dict[str, _Replica] = {}
 
     # ------------------------------------------------------------------ who there is
@@ -108,6 +123,10 @@ class Router:
         found = {name: self._replicas[name] for name in candidates if name in self._replicas}
         if not found:
             return None
+        if self._policy is Policy.RANDOM:
+            return self._chance.choice(sorted(found))
+        if self._policy is Policy.LEAST_QUEUED:
+            return min(found, key=lambda name: (found[name].queued_tokens, name))
         least = min(replica.queued_tokens for replica in found.values())
         ranked: list[tuple[int, int, int, str]] = []
         for name, replica in found.items():
@@ -116,7 +135,8 @@ class Router:
                 ranked.append((-num_found, replica.queued_tokens, replica.seen_tokens, name))
         return min(ranked)[-1]
 
-    def end(self, ticket: Ticket, num_tokens: int | None = None) -> None:
+    @staticmethod
+    def end(ticket: Ticket, num_tokens: int | None = None) -> None:
         """``num_tokens`` of the request have been done; None: it is over. Harmless when it is over already."""
         done = ticket.num_tokens if num_tokens is None else min(num_tokens, ticket.num_tokens)
         ticket.num_tokens -= done

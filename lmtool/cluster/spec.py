@@ -16,7 +16,7 @@ from lmtool.server.config import ServerConfig
 
 _MOST_REPLICAS = 1024
 _SERVER_DEFAULTS = ServerConfig()
-_ENGINE = tuple(one.name for one in fields(EngineConfig) if one.init)
+_ENGINE = tuple(one.name for one in fields(EngineConfig) if one.init and one.name != "rank_hosts")  # Ray places them
 _SERVER = {  # as the flag of api_server is called -> field of ServerConfig
     "http_processes": "num_http_processes",
     "max_queue": "max_queue",
@@ -32,9 +32,14 @@ class ModelSpec:
     """
     model           a folder, a file or a name, as for api_server; the same on every machine
     name            what clients call it
-    replicas        how many there are
-    tp              GPUs of one machine that share one replica
-    cpus, gpus      what Ray keeps free for one replica; gpus None: tp on a cluster with GPUs, unless device is 'cpu'
+    replicas        how many there are, where their number is fixed
+    min_replicas, max_replicas   how many there are at least and at most, where it follows the load
+    target_requests  that a replica is to have at a time; more of them ask for another replica
+    scale_up_delay, scale_down_delay   seconds that the load has to ask for it first
+    tp              GPUs that share one replica
+    nnodes          machines that these are on, as many on each
+    cpus, gpus      what Ray keeps free for one replica, cpus on each of its machines; gpus None: tp on a cluster with
+                    GPUs, unless device is 'cpu'
     chat_template, revision, download_dir   as for api_server
     engine          settings of `EngineConfig`, as given
     server          fields of `ServerConfig`, as given
@@ -43,7 +48,13 @@ class ModelSpec:
     model: str
     name: str
     replicas: int = 1
+    min_replicas: int | None = None
+    max_replicas: int | None = None
+    target_requests: float = 16.0
+    scale_up_delay: float = 10.0
+    scale_down_delay: float = 300.0
     tp: int = 1
+    nnodes: int = 1
     cpus: float = 1.0
     gpus: int | None = None
     chat_template: str | None = None
@@ -55,7 +66,7 @@ class ModelSpec:
     def __post_init__(self) -> None:
         def check(ok: bool, key: str, wanted: str) -> None:
             if not ok:
-                raise ConfigError(f"{key} is {getattr(self, key)!r}", f"give {wanted}")
+                raise ConfigError(f"{key.replace('_', '-')} is {getattr(self, key)!r}", f"give {wanted}")
 
         def is_number(key: str, kinds: tuple[type, ...]) -> bool:
             return isinstance(getattr(self, key), kinds) and not isinstance(getattr(self, key), bool)
@@ -63,7 +74,15 @@ class ModelSpec:
         check(isinstance(self.model, str) and bool(self.model), "model", "a model's folder, file or name")
         check(_is_name(self.name), "name", "what clients call the model: a text without blanks")
         check(is_number("replicas", (int,)) and 1 <= self.replicas <= _MOST_REPLICAS, "replicas", "1 to 1024")
-        check(is_number("tp", (int,)) and 1 <= self.tp <= 64, "tp", "a number of GPUs of one machine, from 1 to 64")
+        check(is_number("tp", (int,)) and 1 <= self.tp <= 64, "tp", "a number of GPUs, from 1 to 64")
+        shared_out = is_number("nnodes", (int,)) and 1 <= self.nnodes <= self.tp and self.tp % self.nnodes == 0
+        check(shared_out, "nnodes", f"a number of machines that divides tp={self.tp}")
+        self._check_bounds()
+        for key in ("target_requests", "scale_up_delay", "scale_down_delay"):
+            sound = is_number(key, (int, float)) and 0 <= getattr(self, key) <= 86_400
+            check(
+                sound and (key != "target_requests" or self.target_requests > 0), key, "a number that is not negative"
+            )
         check(is_number("cpus", (int, float)) and 0 <= self.cpus <= 4096, "cpus", "a number from 0 to 4096")
         check(self.gpus is None or (is_number("gpus", (int,)) and self.gpus in (0, self.tp)), "gpus", "0 or tp")
         for key in ("chat_template", "revision", "download_dir"):
@@ -73,6 +92,26 @@ class ModelSpec:
         EngineConfig(**self.engine_settings())  # both say what is wrong with theirs
         self.server_config()
 
+    def _check_bounds(self) -> None:
+        bounds = (self.min_replicas, self.max_replicas)
+        if bounds == (None, None):
+            return
+        for key, value in zip(("min-replicas", "max-replicas"), bounds, strict=True):
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MOST_REPLICAS:
+                raise ConfigError(f"{key} is {value!r}", "give both bounds, each 1 to 1024")
+        if self.min_replicas > self.max_replicas:  # type: ignore[operator]  # both are numbers
+            raise ConfigError(
+                f"min-replicas is {self.min_replicas} and max-replicas {self.max_replicas}",
+                "give the larger one as max",
+            )
+        if self.replicas != 1:
+            raise ConfigError(f"replicas is {self.replicas} beside its bounds", "give replicas, or min and max")
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """How many replicas there are at least and at most."""
+        return self.min_replicas or self.replicas, self.max_replicas or self.replicas
+
     def engine_settings(self) -> dict[str, Any]:
         return {**self.engine, **({"tp": self.tp} if self.tp > 1 else {})}
 
@@ -81,7 +120,7 @@ class ModelSpec:
         return ServerConfig(model_names=(self.name,), **self.server, **settings)
 
     def num_gpus(self, *, cluster_has_gpus: bool) -> int:
-        """What Ray is to keep free for one replica."""
+        """What Ray is to keep free for one replica, on all of its machines."""
         if self.gpus is not None:
             return self.gpus
         return self.tp if cluster_has_gpus and self.engine.get("device") != "cpu" else 0

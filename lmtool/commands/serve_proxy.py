@@ -40,6 +40,9 @@ Models = Annotated[
 RayAddress = Annotated[
     str | None, typer.Option(help="A Ray cluster: auto or HOST:PORT (default: one of its own on this machine).")
 ]
+RoutingPolicy = Annotated[
+    str, typer.Option(metavar="POLICY", help="Who gets a request: prefix, least-queued or random.")
+]
 DrainTimeout = Annotated[float, typer.Option(help="Seconds for answers under way at SIGTERM.", rich_help_panel=_SERVER)]
 MaxBodyMb = Annotated[float | None, typer.Option(help="Of one request (default: 64).", rich_help_panel=_SERVER)]
 DisableDocs = Annotated[bool, typer.Option("--disable-docs", help="No OpenAPI page.", rich_help_panel=_SERVER)]
@@ -50,6 +53,7 @@ def proxy(
     config: ModelsFile = None,
     model: Models = None,
     ray_address: RayAddress = None,
+    routing: RoutingPolicy = "prefix",
     server_name: serve_options.ServerName = "127.0.0.1",
     server_port: serve_options.ServerPort = 23333,
     api_keys: serve_options.ApiKeys = None,
@@ -63,18 +67,21 @@ def proxy(
 ) -> None:
     """Several models behind one OpenAI address, each with replicas that Ray Serve places and keeps alive.
 
-    A request goes to the replica of its model that has most of its beginning in its cache. SIGHUP reads --config again
-    and replaces the replicas, one after another.
+    A request goes to the replica of its model that has most of its beginning in its cache. SIGHUP reads --config again:
+    models come and go, and replicas of those whose settings differ are replaced, one after another.
     """
     _need_cluster()
     if (config is None) == (not model):
         raise ConfigError("models come from --config or from --model", "give one of the two")
+    from lmtool.cluster.routing import Policy
     from lmtool.cluster.spec import ClusterSpec, parse_models, read_spec
     from lmtool.server.config import ServerConfig
 
     def read() -> ClusterSpec:
         return read_spec(config) if config is not None else parse_models(model or ())
 
+    if routing not in [*Policy]:
+        raise ConfigError(f"--routing is {routing!r}", f"give one of {', '.join(Policy)}")
     spec = read()
     front = ServerConfig(
         host=server_name,
@@ -93,7 +100,7 @@ def proxy(
         _say(f"warning: whoever reaches {front.host} may use this server; give --api-keys, or --host 127.0.0.1")
     from lmtool.cluster.proxy import serve_proxy
 
-    serve_proxy(spec, front, ray_address, _say, read)
+    serve_proxy(spec, front, ray_address, Policy(routing), _say, read)
 
 
 def _say(line: str) -> None:

@@ -10,6 +10,7 @@ from lmtool.cluster.app import FrontContext, create_front
 from lmtool.cluster.directory import Listing, Record
 from lmtool.cluster.fleet import Fleet
 from lmtool.cluster.forward import replica_session
+from lmtool.cluster.routing import Router
 from lmtool.server.config import ServerConfig
 from lmtool.server.http_process import uvicorn_server
 from lmtool.server.supervisor import bind
@@ -25,9 +26,9 @@ def record(name: str, url: str, model: str = "one", **settings: Any) -> Record:
 class Front(OnThread):
     """``with Front("one", "two") as front``; then `list` says who there is."""
 
-    def __init__(self, *models: str, **config: Any) -> None:
+    def __init__(self, *models: str, router: Callable[[], Router] = Router, **config: Any) -> None:
         super().__init__()
-        self._models = models
+        self._models, self._router = models, router
         self._config = ServerConfig(port=0, **config)
         self.context: FrontContext
 
@@ -37,7 +38,7 @@ class Front(OnThread):
 
         self._loop = asyncio.get_running_loop()
         async with replica_session() as session:
-            self.context = FrontContext(self._config, Fleet(self._models, look), session)
+            self.context = FrontContext(self._config, Fleet(self._models, look, self._router), session)
             [door] = bind(self._config)
             await self._serve(uvicorn_server(create_front(self.context), self._config), door)
 

@@ -45,10 +45,11 @@ class Proxy(Process):
         names = ("replicas", "replicas_ready")
         return all(found.get((name, model)) == number for name in names for model, number in models.items())
 
-    def answered(self) -> dict[str, int]:
+    def answered(self, model: str) -> dict[str, int]:
         """Requests that each replica has answered, as it says itself; who cannot be reached is missing."""
         text = httpx.get(f"{self.url}/metrics", headers=KEY, timeout=TIMEOUT_S).text
-        found = re.findall(r'^lmtool:request_success_total{.*replica="(\w+)"} (\S+)$', text, flags=re.MULTILINE)
+        row = rf'^lmtool:request_success_total{{.*model_name="{model}".*replica="(\w+)"}} (\S+)$'
+        found = re.findall(row, text, flags=re.MULTILINE)
         return {name: sum(int(float(value)) for one, value in found if one == name) for name, _ in found}
 
     def says(self, words: str) -> bool:

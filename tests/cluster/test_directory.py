@@ -56,7 +56,10 @@ def test_models_belong_to_one_front_as_long_as_it_lives(clock):
     one.listing("first")
     clock[0] += LIVE_S - 1
     assert one.claim("second", ("a", "c")) == ["a"]
-    one.release("first")
+    one.release("first", ("a",))
+    assert one.claim("second", ("b", "c")) == ["b"]
+    one.release("first", ("b", "x"))
+    one.release("nobody", ("c",))
     assert one.claim("second", ("a", "b", "c")) == []  # and the third was silent
     assert one.claim("second", ("a",)) == []
 

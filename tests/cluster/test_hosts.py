@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("ray", reason="pip install '.[cluster]'")
 
 from tests.cluster.hosts import Hosts, two_hosts
-from tests.cluster.proxy import Load, Proxy, refusal, until
+from tests.cluster.proxy import KEY, Load, Proxy, refusal, until
 from tests.quant.models import tiny_folder
 
 SMALL = "device=cpu,dtype=float32,cache-gb=0.05"
@@ -30,25 +30,36 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
 
 @pytest.fixture(scope="module")
 def proxy(hosts: Hosts, model: Path) -> Iterator[Proxy]:
-    """On the first host. A replica of a takes most of a host's two CPUs, so there is one on each."""
+    """On the first host. A replica of a takes most of a host's two CPUs, so there is one on each; b's is on both."""
     flags = ["--host", hosts.address(1), "--ray-address", hosts.ray_address]
     flags += ["--model", f"{model},name=a,replicas=2,cpus=1.5,{SMALL}"]
+    flags += ["--model", f"{model},name=b,tp=2,nnodes=2,cpus=0.4,{SMALL}"]
     with Proxy(*flags, before=hosts.command(1), env=hosts.env) as server:
-        until(lambda: server.has_replicas(a=2))
+        until(lambda: server.has_replicas(a=2, b=1))
         yield server
 
 
-def servers(hosts: Hosts, number: int) -> list[str]:
-    """Command lines of the replicas' servers there."""
-    return [words for words in hosts.processes(number).values() if "lmtool.cluster.replica_process" in words]
+def num_running(hosts: Hosts, module: str) -> list[int]:
+    """On each host."""
+    return [sum(module in words for words in hosts.processes(number).values()) for number in (1, 2)]
 
 
 def test_each_host_has_a_replica_and_both_serve(hosts: Hosts, proxy: Proxy) -> None:
-    assert [len(servers(hosts, number)) for number in (1, 2)] == [1, 1]
+    assert sorted(num_running(hosts, "lmtool.cluster.replica_process")) == [1, 2]  # and b's first half
     with Load(proxy, "a") as load:
         until(lambda: load.num("a") > 20)
     assert {end for _, end in load.ends} == {"whole"}
-    assert min(proxy.answered().values()) > 5
+    assert min(proxy.answered("a").values()) > 5
+
+
+def test_a_replica_on_both_hosts_answers_as_one_on_one(hosts: Hosts, proxy: Proxy) -> None:
+    assert sorted(num_running(hosts, "lmtool.engine.rank_host")) == [0, 1]
+    with proxy.client(headers=KEY) as client:
+        for prompt in ("The lighthouse", "and then?", "numbers such as 20,000"):
+            ask = {"prompt": prompt, "max_tokens": 40, "temperature": 0, "ignore_eos": True}
+            alone, shared = (client.post("/v1/completions", json={**ask, "model": model}).json() for model in "ab")
+            assert shared["choices"] == alone["choices"]
+            assert shared["usage"]["completion_tokens"] == 40
 
 
 def test_a_cut_link_costs_only_what_was_streaming_there_and_comes_back(hosts: Hosts, proxy: Proxy) -> None:
@@ -61,8 +72,9 @@ def test_a_cut_link_costs_only_what_was_streaming_there_and_comes_back(hosts: Ho
         until(lambda: load.num("a") > seen + 10)
         hosts.mend(2)
         until(lambda: proxy.has_replicas(a=2))
-        before = proxy.answered()
-        until(lambda: min(number - before[name] for name, number in proxy.answered().items()) > 3)
+        before = proxy.answered("a")
+        assert len(before) == 2
+        until(lambda: all(number > before[name] + 3 for name, number in proxy.answered("a").items()))
     load.check()
     print(f"the longest waited {load.longest_s:.1f} s")
     assert load.longest_s < 20

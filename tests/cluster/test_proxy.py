@@ -6,7 +6,6 @@ import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import openai
@@ -14,9 +13,8 @@ import pytest
 
 pytest.importorskip("ray", reason="pip install '.[cluster]'")
 
-from lmtool.cluster.deployment import Node, application_name, check_fit
-from lmtool.cluster.spec import ModelSpec, parse_models
-from lmtool.errors import ConfigError
+from lmtool.cluster.deployment import application_name
+from lmtool.cluster.spec import ModelSpec
 from tests.cluster.proxy import KEY, PROMPT, Load, Proxy, processes, refusal, until
 from tests.quant.models import tiny_folder
 from tests.server.process import TIMEOUT_S
@@ -186,26 +184,6 @@ def test_what_is_wrong_is_said_before_ray_is_started(tmp_path: Path) -> None:
     assert "give one of the two" in refusal("--model", "a", "--config", "x.toml")
     assert "replicas is 0" in refusal("--model", "a,replicas=0")
     assert "cannot be read" in refusal("--config", str(tmp_path / "none.toml"))
-
-
-def machine(**settings: Any) -> Node:
-    return Node(**{"address": "10.0.0.1", "cpus": 8.0, "gpus": 0.0, **settings})
-
-
-def test_a_replica_that_fits_nowhere_is_refused_with_what_would() -> None:
-    with pytest.raises(ConfigError) as refused:
-        check_fit(parse_models(["a,cpus=9"]), [machine(), machine(address="10.0.0.2", cpus=4.0)])
-    assert str(refused.value) == (
-        "no machine has 9 CPUs and 0 GPUs for a replica of a; "
-        "lower cpus or gpus; there is 10.0.0.1: 8 CPUs, 0 GPUs; 10.0.0.2: 4 CPUs, 0 GPUs"
-    )
-    with pytest.raises(ConfigError, match="all replicas together need 12 CPUs and 0 GPUs, and the cluster has 8 and 0"):
-        check_fit(parse_models(["a,cpus=4,replicas=2", "b,cpus=4"]), [machine()])
-    with pytest.raises(ConfigError, match="need 3 CPUs and 3 GPUs, and the cluster has 8 and 2"):
-        check_fit(parse_models(["a,replicas=3"]), [machine(gpus=2.0)])
-    with pytest.raises(ConfigError, match="no machine has 1 CPUs and 1 GPUs"):
-        check_fit(parse_models(["a,gpus=1"]), [machine()])
-    check_fit(parse_models(["a,replicas=2", "b,device=cpu,cpus=6"]), [machine(gpus=2.0)])
 
 
 def test_rays_names_of_models_are_sound_and_differ() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmtool.cluster.prefixes import STEP_BYTES, prompt_text, read_prompt
-from lmtool.cluster.routing import Prompt, Router, Ticket
+from lmtool.cluster.routing import Policy, Prompt, Router, Ticket
 
 TWO = ("a", "b")
 
@@ -98,6 +98,19 @@ def test_what_was_found_is_not_counted_as_work():
     one.end(first)
     one.end(first)
     assert one.queued_tokens("a") == 110
+
+
+def test_the_other_policies_do_not_look_at_beginnings():
+    by_queue = Router(Policy.LEAST_QUEUED)
+    by_queue.set_replicas(dict.fromkeys(TWO, 1000))
+    by_queue.end(take(by_queue, "system", among=("b",)))
+    assert by_queue.choose(prompt("system"), TWO) == "a"
+    take(by_queue, "other", among=("a",))
+    assert by_queue.choose(prompt("system"), TWO) == "b"
+    by_chance = Router(Policy.RANDOM, random.Random(1))
+    by_chance.set_replicas(dict.fromkeys(TWO, 1000))
+    assert {take(by_chance, "system").name for _ in range(20)} == {"a", "b"}
+    assert by_chance.choose(prompt("x"), ()) is None
 
 
 # ---------------------------------------------------------------------- who comes and goes

@@ -61,6 +61,11 @@ def test_gpus_are_kept_free_where_there_are_any():
     assert parse_models(["d,gpus=1"]).models[0].num_gpus(cluster_has_gpus=False) == 1  # asked for: refused later
 
 
+def test_how_many_replicas_there_may_be():
+    fixed, free = parse_models(["a,replicas=3", "b,min-replicas=1,max-replicas=4,target-requests=2.5"]).models
+    assert (fixed.bounds, free.bounds, free.target_requests) == ((3, 3), (1, 4), 2.5)
+
+
 def test_hosts_of_pictures_are_one_or_a_list(tmp_path):
     path = tmp_path / "models.toml"
     path.write_text('[[models]]\nmodel = "a"\nallowed-image-hosts = ["x.org", "y.org:80"]')
@@ -79,6 +84,16 @@ def test_hosts_of_pictures_are_one_or_a_list(tmp_path):
         ("a,replicas=2,replicas=3", "'replicas' is there twice"),
         ("a,max-queue=2,max_queue=3", "'max_queue' is there twice"),
         ("a,tp=0", "tp is 0; give a number of GPUs"),
+        ("a,tp=4,nnodes=3", "nnodes is 3; give a number of machines that divides tp=4"),
+        ("a,nnodes=2", "nnodes is 2; give a number of machines that divides tp=1"),
+        ("a,tp=2,rank-hosts=x:1", "'rank-hosts' is no setting"),
+        ("a,min-replicas=2", "max-replicas is None; give both bounds"),
+        ("a,min-replicas=0,max-replicas=2", "min-replicas is 0; give both bounds, each 1 to 1024"),
+        ("a,min-replicas=3,max-replicas=2", "min-replicas is 3 and max-replicas 2; give the larger one as max"),
+        ("a,min-replicas=1,max-replicas=2,replicas=2", "replicas is 2 beside its bounds"),
+        ("a,target-requests=0", "target-requests is 0"),
+        ("a,scale-up-delay=-1", "scale-up-delay is -1"),
+        ("a,scale-down-delay=soon", "scale-down-delay is 'soon'"),
         ("a,tp=2,gpus=1", "gpus is 1; give 0 or tp"),
         ("a,cpus=-1", "cpus is -1"),
         ("a,cpus=nan", "cpus is nan"),
