@@ -10,13 +10,17 @@ whatever the lengths are distributed like, as all share the machine (processor s
 n with probability p(n) (Wolff, "Poisson arrivals see time averages", Oper. Res. 30(2), 1982) and makes them n + 1, so
 its first token takes as long as first tokens took in the closed loop of n + 1 (in closed networks an arrival sees the
 network without itself: Lavenberg, Reiser, J. Appl. Prob. 17, 1980). Tokens come at rate p(n) · X(n) = a · p(n - 1):
-gaps have the same weights. With more than N at once, who comes waits for its turn besides, (n + 1 - N) / X(N) seconds:
-as long as answers of very different lengths make it, and longer than where they are alike.
+gaps have the same weights.
 
-A real closed loop is a little behind: a next request comes just after a step has begun, and waits for all of it. Under
-Poisson arrivals one waits for the rest of a step, and longer steps are met more often. Against simulated machines
-(`tests/bench/machine.py`) the 99th percentile of first tokens comes out at 0.8 to 1.1 of theirs, and higher where all
-slots are taken.
+With more than N at once, who comes waits for its turn besides, (n + 1 - N) / X(N) seconds. Work that waits in a row is
+the less uneven the more of it is prompts, and the queue the shorter: beyond N, p falls by (a / X(N)) ^ (2 / (1 + c²)) a
+request, c² being the squared variation of a request's work. That is what queues come to in heavy traffic (Kingman, "On
+queues in heavy traffic", J. R. Stat. Soc. B 24, 1962), and exactly the above where c² is 1.
+
+A real closed loop is a little behind: a next request just misses the step that begins then, and waits for all of it.
+Under Poisson arrivals one waits for the rest of a step, but longer ones are met more often, and prompts come in clumps:
+medians come out a little long, 99th percentiles a little short. How far off all this is against machines of known
+speed is in `tests/bench/test_plan.py`.
 """
 
 from dataclasses import dataclass
@@ -27,6 +31,7 @@ from lmtool.bench.plan_replica import SHARES, Floats, Replica
 
 MOST_UTILIZED = 0.99  # at which a queue is a hundred requests long: what is beyond is called too much
 _LEAST_PROBABILITY = 1e-9
+_LEAST_SEEN = 1e-6  # probability of a number at once that is looked at
 _POINTS = 200  # of each distribution that is mixed
 
 
@@ -55,9 +60,9 @@ def steady_state(replica: Replica, rate: float) -> Steady:
     """Requests come at ``rate`` a second, above 0 and at most `MOST_UTILIZED` of what the replica carries."""
     used = rate / replica.capacity
     assert 0 < used <= MOST_UTILIZED, used
-    found = _probabilities(replica.requests_per_s, rate)
+    found = _probabilities(replica, rate)
     most = replica.most_at_once
-    seen = np.flatnonzero(found > _LEAST_PROBABILITY)
+    seen = np.flatnonzero(found > _LEAST_SEEN)
     row = np.minimum(seen, most - 1)  # who finds n is one of n + 1, whose row is n
     waits_s = np.maximum(seen + 1 - most, 0) / replica.capacity
     return Steady(
@@ -68,11 +73,12 @@ def steady_state(replica: Replica, rate: float) -> Steady:
     )
 
 
-def _probabilities(requests_per_s: Floats, rate: float) -> Floats:
+def _probabilities(replica: Replica, rate: float) -> Floats:
     """p(0), p(1), …, up to where what is left out is nothing."""
-    tail = int(np.ceil(np.log(_LEAST_PROBABILITY) / np.log(rate / requests_per_s[-1])))
-    ends = np.concatenate([requests_per_s, np.full(tail, requests_per_s[-1])])
-    logs = np.concatenate([[0.0], np.cumsum(np.log(rate / ends))])
+    fall = np.log(rate / replica.capacity) * 2 / (1 + replica.work_variation)
+    tail = int(np.ceil(np.log(_LEAST_PROBABILITY) / fall))
+    falls = np.concatenate([np.log(rate / replica.requests_per_s), np.full(tail, fall)])
+    logs = np.concatenate([[0.0], np.cumsum(falls)])
     weights = np.exp(logs - logs.max())
     found: Floats = weights / weights.sum()
     return found
@@ -83,5 +89,5 @@ def _mixed(weights: Floats, quantiles: Floats) -> Times:
     points = (np.arange(_POINTS) + 0.5) / _POINTS
     values = np.concatenate([np.interp(points, list(SHARES.values()), one) for one in quantiles])
     shares = np.repeat(weights / weights.sum() / _POINTS, _POINTS)
-    order = np.argsort(values, kind="stable")
+    order = np.argsort(values)
     return Times(values[order], np.cumsum(shares[order]))

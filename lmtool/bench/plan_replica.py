@@ -39,12 +39,13 @@ class Cell:
 class Replica:
     """Row n - 1 is with n requests at once, n = 1 … N: requests_per_s [N], first_token_s and gap_s [N, 5] at `SHARES`.
 
-    notes: what of it was reckoned and not measured.
+    prompt_share: of the machine's time that prompts take with N at once. notes: what was reckoned and not measured.
     """
 
     requests_per_s: Floats
     first_token_s: Floats
     gap_s: Floats
+    prompt_share: float = 0.0
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -56,6 +57,11 @@ class Replica:
     def capacity(self) -> float:
         """Requests a second with as many at once as were measured."""
         return float(self.requests_per_s[-1])
+
+    @property
+    def work_variation(self) -> float:
+        """Of a request's work, squared deviation over squared mean: prompts are alike, answers exponential."""
+        return (1 - self.prompt_share) ** 2
 
     def together(self, count: int) -> "Replica":
         """So many of them behind a front that sends each request to the one with the fewest: as one, row by requests
@@ -116,6 +122,7 @@ def replica_of(cells: Sequence[Cell], input_len: float, output_len: float) -> Re
         requests_per_s=np.interp(at_once, measured, [row.requests_per_s for row in rows]),
         first_token_s=on_lines([row.first_token_s for row in rows]),
         gap_s=on_lines([row.gap_s for row in rows]),
+        prompt_share=min(rows[0].mean_first_token_s * rows[-1].requests_per_s, 1.0),
         notes=notes,
     )
 

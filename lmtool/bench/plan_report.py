@@ -93,19 +93,20 @@ def _at_once(one: Forecast, load: Load) -> float | None:
 def _conclusions(found: Sizing, load: Load) -> list[str]:
     needed = found.num_replicas
     lines = [f"{needed} {'replica' if needed == 1 else 'replicas'}; bottleneck: {found.bottleneck}"]
-    fewer = found.forecast(needed - 1)
+    fewer, others = found.forecast(needed - 1), "the other" if needed == 2 else "the others"
     if fewer is None:
-        lines.append("when it dies nobody answers until it is back: 2 keep the targets when one of them dies")
+        lines.append("when it dies nobody answers until it is back")
     elif fewer.state is None:
-        left = load.rate * (1 - MOST_UTILIZED / fewer.utilization)
+        more = load.rate * (1 - MOST_UTILIZED / fewer.utilization)
+        verb = "is" if needed == 2 else "are"
         lines.append(
-            f"when one dies, the others are given {fewer.utilization:.0%} of what they carry: the queue grows by"
-            f" {number(left)} requests a second; {needed + 1} keep the targets when one dies"
+            f"when one dies, {others} {verb} given {fewer.utilization:.0%} of what can be carried:"
+            f" the queue grows by {number(more)} requests a second"
         )
     else:
-        lines.append(
-            f"when one dies, the others answer, {_failure(fewer)}; {needed + 1} keep the targets when one dies"
-        )
+        slow = " and ".join(fewer.misses)
+        lines.append(f"when one dies, {others} can carry the load, but too slowly for the targets ({slow})")
+    lines.append(f"with one to spare: {needed + 1} replicas")
     return lines + list(found.notes)
 
 

@@ -9,8 +9,10 @@ from lmtool.bench.kernel_cases import GROUPS
 from lmtool.bench.report import Report, read_report
 from lmtool.bench.shapes import SHAPES
 from lmtool.bench.workloads import MIXES
+from lmtool.cluster.spec import read_spec
 
-DOCS = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+FOLDER = Path(__file__).parents[2] / "docs"
+DOCS = (FOLDER / "benchmarks.md").read_text(encoding="utf-8")
 
 
 def test_every_name_is_described() -> None:
@@ -50,3 +52,12 @@ def test_the_peers_example_is_a_report(tmp_path: Path) -> None:
     path = tmp_path / "peer.json"
     path.write_text(example[1])
     assert read_report(path).metric("chat1000", "requests_per_s") == {"median": 54.6}
+
+
+def test_the_models_of_the_scaling_page_are_what_a_proxy_takes(tmp_path: Path) -> None:
+    tables = re.findall(r"```toml\n(.*?)```", (FOLDER / "scaling.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert tables
+    for table in tables:
+        path = tmp_path / "models.toml"
+        path.write_text(table)
+        assert [(model.name, model.replicas, model.tp) for model in read_spec(path).models] == [("chat", 4, 1)]

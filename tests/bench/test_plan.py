@@ -69,6 +69,14 @@ def test_several_servers_are_erlangs() -> None:
     assert state.beyond == pytest.approx(waiting / (sum(terms[:-1]) + waiting), rel=1e-6)
 
 
+def test_prompts_alone_make_a_shorter_queue() -> None:
+    """Where work is all alike a queue is about half as long as where it is exponential (M/D/1)."""
+    even = replace(flat([2.0]), prompt_share=1.0)
+    exponential, alike = (steady_state(one, 1.8).mean_at_once for one in (flat([2.0]), even))
+    assert alike == pytest.approx(0.9 + 0.9**2 / (2 * 0.1), rel=0.15)
+    assert exponential == pytest.approx(9.0, rel=1e-3)
+
+
 def test_several_behind_one_queue_are_one_that_is_larger() -> None:
     together = flat([2.0, 3.0]).together(2)
     assert together.requests_per_s.tolist() == [2.0, 4.0, 5.0, 6.0]
@@ -81,7 +89,13 @@ def test_several_behind_one_queue_are_one_that_is_larger() -> None:
 # ---------------------------------------------------------------------- predictions
 @pytest.mark.parametrize(
     ("num_replicas", "used", "routing"),
-    [(1, 0.3, "least-queued"), (1, 0.6, "least-queued"), (3, 0.7, "least-queued"), (2, 0.5, "random")],
+    [
+        (1, 0.3, "least-queued"),
+        (1, 0.6, "least-queued"),
+        (1, 0.9, "least-queued"),
+        (3, 0.7, "least-queued"),
+        (2, 0.5, "random"),
+    ],
 )
 def test_what_is_predicted_comes_true(measured: Replica, num_replicas: int, used: float, routing: str) -> None:
     """Medians within a quarter, tails within a third."""
@@ -193,7 +207,7 @@ def test_table_json_and_picture(saved: Path, tmp_path: Path, capsys: pytest.Capt
     assert values["num_replicas_with_a_spare"] == count + 1
     assert [one["num_replicas"] for one in values["forecasts"]] == [count - 1, count, count + 1]
     assert f"{count} replicas; bottleneck:" in out
-    assert f"{count + 1} keep the targets when one dies" in out
+    assert f"with one to spare: {count + 1} replicas" in out
     kept = values["forecasts"][1]
     assert kept["time_to_first_token_s"]["p99"] <= 0.4
     assert kept["utilization"] == pytest.approx(20 / count / values["requests_per_s_of_one"])
