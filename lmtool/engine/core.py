@@ -158,6 +158,8 @@ class EngineCore:
     def _copy(self, batch: Batch) -> None:
         try:
             self._executor.copy(batch.saves, batch.loads)
+        except RanksLost:
+            raise
         except Exception as error:  # slower, but nobody's answer depends on it
             _log.warning("the host tier lost %d blocks: %s", len(batch.saves) + len(batch.loads), _one_line(error))
             self.scheduler.copies_failed(batch)

@@ -22,7 +22,20 @@ class Runner(Protocol):
     depth   how many steps may be launched and unread when the next one is scheduled
     copy    begin what a batch has of saves and loads, before it is launched. When this raises, none of them goes on
     copied  what came to an end of all that; wait: until the oldest load has, where one is under way
+    await_loads  these are over on the rank that decides: what is launched from now on waits for them
     """
+
+    @property
+    def depth(self) -> int: ...
+    def copy(self, saves: Sequence[tuple[int, int]], loads: Sequence[Load]) -> None: ...
+    def copied(self, *, wait: bool) -> CopiesDone: ...
+    def await_loads(self, numbers: Sequence[int]) -> None: ...
+    def launch(self, batch: Batch) -> Pending: ...
+    def close(self) -> None: ...
+
+
+class Executor(Protocol):
+    """All ranks; each method as `Runner`'s."""
 
     @property
     def depth(self) -> int: ...
@@ -30,10 +43,6 @@ class Runner(Protocol):
     def copied(self, *, wait: bool) -> CopiesDone: ...
     def launch(self, batch: Batch) -> Pending: ...
     def close(self) -> None: ...
-
-
-class Executor(Runner, Protocol):
-    """All ranks."""
 
 
 class LocalExecutor:
@@ -71,6 +80,20 @@ class RankExecutor(LocalExecutor):
     def __init__(self, runner: Runner, ranks: "Ranks") -> None:
         super().__init__(runner)
         self._ranks = ranks
+
+    def copy(self, saves: Sequence[tuple[int, int]], loads: Sequence[Load]) -> None:
+        """Raises RanksLost where a rank has ended, or this one cannot do what the others do."""
+        self._ranks.copy(saves, loads)
+        try:
+            super().copy(saves, loads)
+        except Exception as error:
+            raise RanksLost(f"the host tier failed on one rank: {error}", "start the engine again") from error
+
+    def copied(self, *, wait: bool) -> CopiesDone:
+        done = super().copied(wait=wait)
+        if done.loads:
+            self._ranks.landed(done.loads)
+        return done
 
     def launch(self, batch: Batch) -> Pending:
         """Raises RanksLost where a rank has ended, or did not do what the others did."""
