@@ -11,4 +11,4 @@ from tests.chat.terminal import Terminal, fake_chat
 def chat() -> Iterator[Terminal]:
     terminal = fake_chat()
     yield terminal
-    terminal.child.close(force=True)
+    terminal.close()

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ REPO = Path(__file__).parents[2]
 ENTER, ALT_ENTER, TAB, UP = "\r", "\x1b\r", "\t", "\x1b[A"
 SHIFT_ENTER = "\x1b[13;2u"
 CTRL_C, CTRL_D = "\x03", "\x04"
-TIMEOUT_S = 20
+TIMEOUT_S = 180.0  # generous: the machine is shared
 
 
 class _Screen(pyte.HistoryScreen):
@@ -86,8 +87,17 @@ class Terminal:
         deadline = time.monotonic() + TIMEOUT_S
         while self._read(deadline):
             pass
+        assert time.monotonic() < deadline, f"it has not ended; the screen was:\n{self.text.strip()}"
+        self.child.wait()
         self.child.close()
         return self.child.exitstatus if self.child.exitstatus is not None else -self.child.signalstatus
+
+    def close(self) -> None:
+        """Whatever it is doing."""
+        if self.child.isalive():
+            self.child.kill(signal.SIGKILL)
+            self.child.wait()
+        self.child.close()
 
     def _read(self, deadline: float) -> bool:
         try:

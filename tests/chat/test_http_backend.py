@@ -289,7 +289,7 @@ def talk_to(server: Serving, folder: Path, *more: str) -> Terminal:
 def terminal(server, tmp_path) -> Iterator[Terminal]:
     terminal = talk_to(server, tmp_path)
     yield terminal
-    terminal.child.close(force=True)
+    terminal.close()
 
 
 def test_a_chat_on_the_terminal(terminal) -> None:

@@ -29,7 +29,7 @@ def test_each_part_is_said_in_one_line_that_goes_away() -> None:
         assert "answer" in terminal.display
         assert "capturing" not in terminal.display
     finally:
-        terminal.child.close(force=True)
+        terminal.close()
 
 
 def test_a_pipe_gets_nothing_of_it() -> None:

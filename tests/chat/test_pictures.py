@@ -174,4 +174,4 @@ def test_a_chat_begins_with_a_picture(server: Serving, cat: Path, tmp_path: Path
     terminal.ask("what is this", r"stopped at max_new_tokens")
     terminal.ask(f"/save {tmp_path}/a.json", "saved 1 turn with 1 picture")
     assert Session.load(tmp_path / "a.json").turns[0].pictures == (Picture.of("my cat.png", cat.read_bytes()),)
-    terminal.child.close(force=True)
+    terminal.close()

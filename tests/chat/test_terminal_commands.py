@@ -95,7 +95,7 @@ def test_stats_tell_what_was_cached(chat: Terminal) -> None:
 def seeing() -> Iterator[Terminal]:
     terminal = fake_chat("--takes-pictures", columns=200)  # paths of tests are long
     yield terminal
-    terminal.child.close(force=True)
+    terminal.close()
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_pictures_go_with_the_next_message_and_stay(seeing: Terminal, cat: Path,
     again = fake_chat("--takes-pictures", columns=200)
     again.ask(f"/load {tmp_path}/a.json", "loaded 1 turn with 2 pictures")
     again.ask("/regen", r"answer 1 to 'what is this with 2 pictures'")
-    again.child.close(force=True)
+    again.close()
 
 
 def test_pictures_wait_until_they_were_sent(seeing: Terminal, cat: Path) -> None:

@@ -100,7 +100,7 @@ def terminal(tmp_path: Path) -> Iterator[Terminal]:
     terminal = Terminal("-m", "lmtool", "chat", "--temperature", "0", XDG_STATE_HOME=str(tmp_path))
     terminal.prompt()
     yield terminal
-    terminal.child.close(force=True)
+    terminal.close()
 
 
 def test_a_conversation_on_a_terminal(terminal: Terminal, tmp_path: Path) -> None:
