@@ -101,9 +101,16 @@ class Fleet:
         return self._routers[model]
 
     # ------------------------------------------------------------------ requests
-    def take(self, model: str, prompt: Prompt, num_new_tokens: int, tried: Collection[str]) -> Ticket | None:
-        """A place for a request, at none of those that were tried; None where there is none."""
-        names = [one.name for one in self.ready(model) if one.name not in tried]
+    def model_of(self, name: str) -> str | None:
+        """Whose replica it is."""
+        record = self._records.get(name)
+        return record.model if record is not None and record.model in self._routers else None
+
+    def take(
+        self, model: str, prompt: Prompt, num_new_tokens: int, tried: Collection[str], only: str | None = None
+    ) -> Ticket | None:
+        """A place for a request, at none of those that were tried, or at one alone; None where there is none."""
+        names = [one.name for one in self.ready(model) if one.name not in tried and only in (None, one.name)]
         lively = [name for name in names if self._listed_s - self._beats[name][1] < _QUIET_S]
         router = self._routers.get(model)  # None: the model was withdrawn meanwhile
         return router.take(prompt, num_new_tokens, lively or names) if router else None

@@ -53,14 +53,17 @@ def _watched(address: aiohttp.AddrInfoType) -> socket.socket:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is sent: the body as it came. prompt and num_new_tokens: what it costs, as far as can be told."""
+    """What is sent: the body as it came. prompt and num_new_tokens: what it costs, as far as can be told. only: the
+    one replica that can answer."""
 
     model: str
+    method: str
     path: str
     data: bytes
     headers: Mapping[str, str]
-    prompt: Prompt
-    num_new_tokens: int
+    prompt: Prompt = Prompt((), (), 0)
+    num_new_tokens: int = 0
+    only: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +155,7 @@ class Forward(Response):
 
     def _take(self, tried: set[str]) -> Ticket | None:
         question = self._question
-        return self._fleet.take(question.model, question.prompt, question.num_new_tokens, tried)
+        return self._fleet.take(question.model, question.prompt, question.num_new_tokens, tried, question.only)
 
     async def _ask(self, ticket: Ticket, answer: _Answer) -> None:
         try:
@@ -170,7 +173,8 @@ class Forward(Response):
     def _post(self, record: Record) -> "aiohttp.client._RequestContextManager":
         question = self._question
         headers = {**question.headers, "Authorization": f"Bearer {record.key}"}
-        return self._session.post(record.url + question.path, data=question.data, headers=headers)
+        url = record.url + question.path
+        return self._session.request(question.method, url, data=question.data, headers=headers)
 
     async def _pass_events(self, ticket: Ticket, response: aiohttp.ClientResponse, answer: _Answer) -> None:
         rest = b""

@@ -38,12 +38,12 @@ def read_prompt(body: Mapping[str, Any]) -> Prompt:
 
 def prompt_text(body: Mapping[str, Any]) -> str:
     """Tools, then messages in their order, or the prompt, whatever has been said of them: for comparing only."""
-    parts = [_json(body[key]) for key in ("tools", "chat_template_kwargs") if body.get(key)]
-    messages = body.get("messages")
+    parts = [_json(body[key]) for key in ("tools", "chat_template_kwargs", "instructions") if body.get(key)]
+    messages = body.get("messages", body.get("input"))
     if isinstance(messages, list):
         parts += [_message(message) for message in messages]
     else:
-        prompt = body.get("prompt", "")
+        prompt = messages or body.get("prompt", "")
         parts.append(prompt if isinstance(prompt, str) else _json(prompt))
     return "\0".join(parts)
 

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lmtool.cluster.app import FrontContext, create_front
+from lmtool.cluster.app import create_front
+from lmtool.cluster.context import FrontContext
 from lmtool.cluster.directory import Listing
 from lmtool.cluster.fleet import Fleet
 from lmtool.cluster.forward import replica_session

@@ -39,6 +39,7 @@ class Replica:
     async def __init__(self, model: str, orders: bytes, *, loopback: bool) -> None:  # type: ignore[misc]
         # Ray Serve awaits it
         self._model = model
+        self._name = serve.get_replica_context().replica_id.unique_id
         self._key = secrets.token_urlsafe(32)
         self._directory = directory()
         self._record: Record | None = None
@@ -48,7 +49,7 @@ class Replica:
         self._process: asyncio.subprocess.Process | None = None
         self._rank_actors: list[Any] = []
         self._environment = module_environment()
-        config = replace(given.config, host=host, port=0, api_keys=(self._key,), disable_docs=True)
+        config = replace(given.config, host=host, port=0, api_keys=(self._key,), replica=self._name, disable_docs=True)
         self._end_s = given.config.drain_timeout_s + END_S
         self._http = aiohttp.ClientSession(
             headers={"Authorization": f"Bearer {self._key}"}, timeout=aiohttp.ClientTimeout(_ANSWER_S)
@@ -90,8 +91,7 @@ class Replica:
         process.stdin.write(orders + b"\n")
         url = (await self._said()).url
         assert url is not None
-        name = serve.get_replica_context().replica_id.unique_id
-        self._record = Record(name, self._model, url, self._key)
+        self._record = Record(self._name, self._model, url, self._key)
         last_words = asyncio.create_task(self._said())
         try:
             while not self._record.is_ready:

@@ -25,6 +25,7 @@ class ServerConfig:
     max_n, max_stop, max_stop_chars, max_prompts, max_images   bounds of what one request may ask for
     allowed_image_hosts  that pictures are fetched from, as 'host' or 'host:port'; none: they come in requests only
     max_sessions         conversations that are remembered for interactive chat and responses; the oldest go first
+    replica              this server's name behind a proxy: ids of responses have it, and the proxy says whose they are
     disable_docs         no OpenAPI page
     log_requests         one line for each
     """
@@ -48,6 +49,7 @@ class ServerConfig:
     max_images: int = 16
     allowed_image_hosts: tuple[str, ...] = ()
     max_sessions: int = 10_000
+    replica: str = ""
     disable_docs: bool = False
     log_requests: bool = False
 

@@ -56,7 +56,7 @@ def interactive_router(context: ServerContext) -> APIRouter:
     @router.post("/v1/chat/interactive", responses=answers_documented(InteractiveAnswer, streams=True))
     async def chat_interactive(body: InteractiveRequest, http: Request) -> Response:
         """One turn of a conversation that is remembered here."""
-        owner = owner_of(http, has_keys=bool(context.config.api_keys))
+        owner = owner_of(http, context.config)
         turn = InteractiveTurn(context, owner, body)
         if body.cancel or not body.prompt:
             return json_response(await turn.without_an_answer())

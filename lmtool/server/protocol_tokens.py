@@ -33,8 +33,10 @@ class DetokenizeRequest(Strict):
 
 
 class EncodeRequest(Strict):
-    """do_preprocess: the text is a user's message, told to the chat template. add_bos: the tokenizer's beginning."""
+    """do_preprocess: the text is a user's message, told to the chat template. add_bos: the tokenizer's beginning. model
+    is not LMDeploy's: a proxy needs it."""
 
+    model: str | None = None
     input: str | Many[str]
     do_preprocess: bool = False
     add_bos: bool = True

@@ -36,10 +36,12 @@ class ResponseObject(TypedDict):
 
 
 class ResponseAnswer:
-    """One response on its way. text: as far as it was generated, thought and all."""
+    """One response on its way. text: as far as it was generated, thought and all. replica: of `ServerConfig`."""
 
-    def __init__(self, body: ResponsesRequest, model: str, config: GenerationConfig, reader: ChatReader) -> None:
-        self.id = f"resp_{uuid.uuid4().hex}"
+    def __init__(
+        self, body: ResponsesRequest, model: str, config: GenerationConfig, reader: ChatReader, replica: str = ""
+    ) -> None:
+        self.id = f"resp_{replica and f'{replica}_'}{uuid.uuid4().hex}"
         self.output = Output()
         self.made = Piece()
         self._reader = reader

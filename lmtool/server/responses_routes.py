@@ -46,12 +46,11 @@ class Remembered(msgspec.Struct, frozen=True, array_like=True):
 
 def responses_router(context: ServerContext) -> APIRouter:
     router = APIRouter(route_class=json_route(context.bodies), tags=["OpenAI"])
-    has_keys = bool(context.config.api_keys)
 
     @router.post("/v1/responses", responses=answers_documented(ResponseObject, streams=True))
     async def create_response(body: ResponsesRequest, http: Request) -> Response:
         """Answer, and remember the answer."""
-        turn = await ResponsesTurn.of(context, owner_of(http, has_keys=has_keys), body)
+        turn = await ResponsesTurn.of(context, owner_of(http, context.config), body)
         if body.stream:
             return EventStream(turn.events())
         async with until_gone(http.receive):
@@ -60,7 +59,7 @@ def responses_router(context: ServerContext) -> APIRouter:
     @router.get("/v1/responses/{response_id}", responses=answers_documented(ResponseObject))
     async def get_response(response_id: str, http: Request) -> Response:
         """An answer that was given before."""
-        found = await context.sessions.get(owner_of(http, has_keys=has_keys), response_id)
+        found = await context.sessions.get(owner_of(http, context.config), response_id)
         if found is None:
             raise _unknown(response_id, None)
         return Response(msgspec.msgpack.decode(found, type=Remembered).response, media_type="application/json")
@@ -68,7 +67,7 @@ def responses_router(context: ServerContext) -> APIRouter:
     @router.delete("/v1/responses/{response_id}", responses=answers_documented(Deleted))
     async def delete_response(response_id: str, http: Request) -> Response:
         """Forget an answer. Those that went on from it stay."""
-        if not await context.sessions.delete(owner_of(http, has_keys=has_keys), response_id):
+        if not await context.sessions.delete(owner_of(http, context.config), response_id):
             raise _unknown(response_id, None)
         return json_response({"id": response_id, "object": "response", "deleted": True})
 
@@ -122,7 +121,7 @@ class ResponsesTurn:
             [*(past.dialogue.messages if past else ()), *fresh],
             prompt,
             requests(context, [prompt.ids], config, 1, "input", images),
-            ResponseAnswer(body, context.config.model_names[0], config, reader),
+            ResponseAnswer(body, context.config.model_names[0], config, reader, context.config.replica),
         )
 
     async def whole(self) -> dict[str, object]:

@@ -42,6 +42,7 @@ def token_router(context: ServerContext) -> APIRouter:
     @router.post("/v1/encode", responses=answers_documented(Encoded))
     async def encode(body: EncodeRequest) -> Response:
         """Token ids of a text, or of several."""
+        check_model(context, body.model)
         if isinstance(body.input, str):
             ids = await _encoded(tokenizer, body.input, body)
             return json_response({"input_ids": ids, "length": len(ids)})

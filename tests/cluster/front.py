@@ -6,7 +6,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
-from lmtool.cluster.app import FrontContext, create_front
+from lmtool.cluster.app import create_front
+from lmtool.cluster.context import FrontContext
 from lmtool.cluster.directory import Listing, Record
 from lmtool.cluster.fleet import Fleet
 from lmtool.cluster.forward import replica_session

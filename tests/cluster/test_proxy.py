@@ -100,12 +100,13 @@ def test_a_killed_engine_costs_only_what_was_streaming_there(proxy: Proxy) -> No
     load.check()
 
 
-def test_a_killed_replica_costs_only_what_was_streaming_there_and_another_takes_its_place(proxy: Proxy) -> None:
-    def actors() -> set[int]:
-        words = processes(proxy.process.pid)
-        return {pid for pid, line in words.items() if line.startswith("ray::ServeReplica:lmtool-a:")}
+def actors(proxy: Proxy, model: str) -> set[int]:
+    words = processes(proxy.process.pid)
+    return {pid for pid, line in words.items() if line.startswith(f"ray::ServeReplica:lmtool-{model}:")}
 
-    before = actors()
+
+def test_a_killed_replica_costs_only_what_was_streaming_there_and_another_takes_its_place(proxy: Proxy) -> None:
+    before = actors(proxy, "a")
     assert len(before) == 2
     broken_before = proxy.metrics()["broken_answers_total", "a"]
     with Load(proxy) as load:
@@ -113,8 +114,8 @@ def test_a_killed_replica_costs_only_what_was_streaming_there_and_another_takes_
         os.kill(min(before), signal.SIGKILL)
         until(lambda: not proxy.has_replicas(a=2, b=2))
         until(lambda: proxy.has_replicas(a=2, b=2))
-        until(lambda: len(actors()) == 2)
-    assert len(actors() - before) == 1
+        until(lambda: len(actors(proxy, "a")) == 2)
+    assert len(actors(proxy, "a") - before) == 1
     others = {end for model, end in load.ends if model == "b"}
     assert others == {"whole"}  # the other model's were untouched
     load.check()
@@ -123,27 +124,45 @@ def test_a_killed_replica_costs_only_what_was_streaming_there_and_another_takes_
     )
 
 
-def test_new_settings_come_without_a_lost_request(proxy: Proxy) -> None:
-    def actors() -> set[int]:
-        words = processes(proxy.process.pid)
-        return {pid for pid, line in words.items() if line.startswith("ray::ServeReplica:lmtool-b:")}
-
-    def longest() -> int:
-        with proxy.client(headers=KEY) as client:
-            found: int = client.get("/v1/models").json()["data"][1]["max_model_len"]
-            return found
-
-    before, text = actors(), proxy.config.read_text()
-    first, second = text.split("[[models]]")[1:]
-    proxy.config.write_text(f"[[models]]{first}[[models]]{second}name = 'c'\n")
+def reread(proxy: Proxy, *tables: str, says: str) -> None:
+    proxy.config.write_text("".join(f"[[models]]\n{table}" for table in tables))
     proxy.process.send_signal(signal.SIGHUP)
-    until(lambda: proxy.says("nothing was changed: the models are now a, c and were a, b"))
-    proxy.config.write_text(f"[[models]]{first}[[models]]{second}session-len = 100\n")
+    until(lambda: proxy.says(says))
+
+
+def test_models_change_come_and_go_without_a_lost_request(proxy: Proxy) -> None:
+    def names() -> dict[str, int]:
+        with proxy.client(headers=KEY) as client:
+            return {one["id"]: one["max_model_len"] for one in client.get("/v1/models").json()["data"]}
+
+    a, b = proxy.config.read_text().split("[[models]]\n")[1:]
+    c = b.replace("replicas = 2", "replicas = 1") + 'name = "c"\n'
+    before = actors(proxy, "a"), actors(proxy, "b")
+    reread(proxy, a, b + "replicas = 3", says="nothing was changed: --config")
     with Load(proxy) as load:
-        proxy.process.send_signal(signal.SIGHUP)
-        until(lambda: proxy.says("replicas are replaced one after another: b"))
-        until(lambda: not actors() & before and proxy.has_replicas(a=2, b=2))
-        until(lambda: longest() == 100)
+        reread(proxy, a, b + "session-len = 100\n", c, says="starting of c; replacing or scaling replicas of b")
+        until(lambda: proxy.has_replicas(a=2, b=2, c=1))
+        until(lambda: names() == {"a": 128, "b": 100, "c": 128})
+        assert not actors(proxy, "b") & before[1]
+        reread(proxy, a, b + "session-len = 100\n", says="ending of c")
+        until(lambda: not actors(proxy, "c"))
+        assert list(names()) == ["a", "b"]
+    assert {end for _, end in load.ends} == {"whole"}
+    assert actors(proxy, "a") == before[0]
+
+
+def test_replicas_follow_the_load_without_a_lost_request(proxy: Proxy) -> None:
+    a, b = proxy.config.read_text().split("[[models]]\n")[1:]
+    free = b.replace("replicas = 2", "min-replicas = 1\nmax-replicas = 2\nscale-up-delay = 0\nscale-down-delay = 0")
+    before = actors(proxy, "b")
+    with Load(proxy, "b") as load:
+        reread(proxy, a, free + "target-requests = 100\n", says="replacing or scaling replicas of b")
+        until(lambda: len(actors(proxy, "b")) == 1 and proxy.has_replicas(b=1))
+        [left] = actors(proxy, "b")
+        assert left in before
+        reread(proxy, a, free + "target-requests = 0.5\n", says="replacing or scaling replicas of b")
+        until(lambda: proxy.has_replicas(a=2, b=2))
+        assert left in actors(proxy, "b")
     assert {end for _, end in load.ends} == {"whole"}
 
 

@@ -247,6 +247,14 @@ def test_tools_are_a_difference_in_front():
     assert not set(with_tools.hashes) & set(read_prompt(body).hashes)
 
 
+def test_an_input_is_read_as_messages_are():
+    turn = [{"role": "user", "content": "q" * 3000}]
+    assert read_prompt({"input": turn}) == read_prompt({"messages": turn})
+    assert read_prompt({"input": "x" * 1024}) == read_prompt({"prompt": "x" * 1024})
+    instructed = read_prompt({"input": turn, "instructions": "be brief"})
+    assert not set(instructed.hashes) & set(read_prompt({"input": turn}).hashes)
+
+
 def test_prompts_are_texts_or_ids():
     text = read_prompt({"prompt": "x" * 1024})
     assert (len(text.hashes), text.ends, text.num_tokens) == (4, (64, 128, 192, 256), 256)
