@@ -92,6 +92,7 @@ def test_reports_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         ("offline --model no-such-model", "'no-such-model' is no folder"),
         ("offline --against vllm", "--against 'vllm' is not known; give transformers"),
         ("offline --against transformers --mix chat100", "leave --mix out"),
+        ("offline --shape tiny --tp 2 --rank-hosts here", "--rank-hosts: 'here' is no address; give HOST:PORT"),
         ("offline --against transformers --tp 2", "--tp is 2, and transformers runs as one process"),
         ("offline --mix chta", "--mix 'chta' is not known; give static, chat"),
         ("offline --mix static,shared-prefix4", "run it by itself"),
