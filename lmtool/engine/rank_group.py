@@ -76,6 +76,8 @@ def join_group(
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)  # of this thread, which need not be the one that loads
+    # it names groups by how many this process has tried to make, and the others are to meet by the same name
+    torch.distributed.distributed_c10d._world.group_count = 0
     hook, before = sys.excepthook, _connections()
     with _through(interface_of(address)) if address is not None else contextlib.nullcontext():
         torch.distributed.init_process_group(

@@ -2,8 +2,7 @@
 
     python -m lmtool.engine.rank_host --host HOST --port PORT
 
-which says HOST:PORT on stdout when it listens. Its key is LMTOOL_RANKS_KEY's, or the first line of stdin; then it ends
-with stdin.
+which takes its key as the first line of stdin, says HOST:PORT on stdout when it listens, and ends when stdin does.
 
 A connection is one rank: once its other end has proven to know the key and said what to start, it is handed on to the
 rank's process, and this one only watches. It kills the process when the connection ends, or the machine at its other
@@ -144,17 +143,15 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=0)
     given = parser.parse_args()
     log.setup()
-    is_child = KEY not in os.environ
     try:
-        key = checked_key(sys.stdin.readline().strip() if is_child else os.environ[KEY])
+        key = checked_key(sys.stdin.readline().strip())
         host = RankHost(given.host, given.port, key)
     except LmtoolError as error:
         sys.stderr.write(f"lmtool: error: {error}\n")
         return error.exit_code
     sys.stdout.write(f"{host.address}\n")
     sys.stdout.flush()
-    if is_child:
-        threading.Thread(target=_end_with_stdin, args=(host,), daemon=True).start()
+    threading.Thread(target=_end_with_stdin, args=(host,), daemon=True).start()
     serve(host)
     return 0
 

@@ -119,6 +119,16 @@ def test_mixed_requests_are_each_as_alone(
     assert core.scheduler.blocks.num_free == core.scheduler.blocks.num_blocks - 1
 
 
+def test_two_ranks_answer_as_one(llava: Llava, prompts: dict[int, Prompt], alone: dict[int, list[int]]) -> None:
+    """Each of them encodes every picture."""
+    settings = {"dtype": "float32", "device": "cpu", "cache_gb": 0.05, "max_batch_size": 8}
+    core = load_engine(llava[0], EngineConfig(tp=2, **settings)).core
+    try:
+        assert run_all(core, [request(i, prompt) for i, prompt in prompts.items()]) == alone
+    finally:
+        core.close()
+
+
 @pytest.mark.parametrize("kv_dtype", ["int8", "int4"])
 def test_over_a_quantized_cache_an_answer_is_the_same_in_any_company(
     llava: Llava, prompts: dict[int, Prompt], kv_dtype: str

@@ -2,7 +2,10 @@
 
 import os
 import signal
+import sys
 import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +14,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lmtool.config import EngineConfig
+from lmtool.engine import rank_start
 from lmtool.engine.async_engine import AsyncEngine
+from lmtool.engine.batch import Batch
 from lmtool.engine.core import TokenOutput
 from lmtool.engine.sequence import Request
 from lmtool.engine.setup import LoadedEngine, load_engine
 from lmtool.errors import CheckpointError, ConfigError, RanksLost
 from lmtool.models.decoder import Decoder
-from tests.models.test_llava import SIZES, picture
-from tests.models.test_llava import load as load_llava
 from tests.models.test_quantized import quantize
 from tests.models.test_shard import load
 from tests.quant.models import tiny_folder
 from tests.support import check_equal, request, run_all
-from tests.tiny_llava import tiny_llava
 
 PROMPTS = {i: [1 + i, 5, 9, 7 + i] * (3 + 6 * i) for i in range(5)}
 
@@ -48,22 +50,54 @@ def decoder_of(folder: Path) -> Decoder:
     return load(folder)
 
 
-@pytest.mark.parametrize(
-    ("architecture", "settings"),
-    [
-        ("Qwen2ForCausalLM", {"tp": 2}),
-        ("InternLM2ForCausalLM", {"tp": 4}),  # more ranks than key/value heads
-        ("Qwen3ForCausalLM", {"tp": 2, "max_batched_tokens": 64, "kv_dtype": "int8"}),
-        ("LlamaForCausalLM", {"tp": 2, "cache_gb": 0.002}),  # too little for all at once
-    ],
-    ids=str,
-)
-def test_answers_are_those_of_one_process(tmp_path: Path, architecture: str, settings: dict[str, Any]) -> None:
-    folder = tiny_folder(tmp_path, architecture)
-    alone = answers_of(engine(folder, **settings | {"tp": 1}), requests())
-    together = answers_of(engine(folder, **settings), requests())
-    check_equal(alone, together, decoder_of(folder), PROMPTS, kv_dtype=settings.get("kv_dtype", "model"))
+BAD_ID = 200  # whose row of the embedding is no number
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its answers are long enough for something to happen meanwhile."""
+    path = tiny_folder(tmp_path_factory.mktemp("model"), "Qwen2ForCausalLM", max_position_embeddings=100_000)
+    weights = load_file(path / "model.safetensors")
+    weights["model.embed_tokens.weight"][BAD_ID] = torch.nan
+    save_file(weights, path / "model.safetensors")
+    return path
+
+
+def test_answers_are_those_of_one_process_whatever_breaks_in_between(folder: Path) -> None:
+    """A step that breaks on all ranks ends its requests; one that breaks on some ends the engine, and soon."""
+    alone = answers_of(engine(folder), requests())
+    loaded = engine(folder, tp=2)
+    try:
+        loaded.core.add(request(100, [BAD_ID, BAD_ID]))
+        error = loaded.core.step()[0].error
+        assert "logits are not numbers" in str(error)
+        assert not isinstance(error, RanksLost)
+        check_equal(alone, run_all(loaded.core, requests()), decoder_of(folder), PROMPTS)
+
+        ranks = loaded.core._executor._ranks  # type: ignore[attr-defined]
+        tell = ranks.launch
+
+        def of_another_slot(batch: Batch) -> int:
+            """What the other rank hears is nothing that it could do."""
+            return tell(replace(batch, chunks=[replace(chunk, slot=1000) for chunk in batch.chunks]))
+
+        ranks.launch = of_another_slot
+        loaded.core.add(request(101, [1, 2]))
+        begun = time.monotonic()
+        with pytest.raises(RanksLost, match="rank 1 of 2 broke in a step: IndexError"):
+            loaded.core.step()
+        assert time.monotonic() - begun < 60, "torch's own time limit is ten minutes"
+    finally:
+        loaded.core.close()
     assert not torch.distributed.is_initialized()
+
+
+def test_chunks_over_a_cache_of_eight_bits(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path, "Qwen3ForCausalLM")
+    settings = {"max_batched_tokens": 64, "kv_dtype": "int8"}
+    alone = answers_of(engine(folder, **settings), requests())
+    together = answers_of(engine(folder, tp=2, **settings), requests())
+    check_equal(alone, together, decoder_of(folder), PROMPTS, kv_dtype="int8")
 
 
 def test_four_bits_and_what_few_ask_for(tmp_path: Path) -> None:
@@ -74,15 +108,6 @@ def test_four_bits_and_what_few_ask_for(tmp_path: Path) -> None:
         request(2, PROMPTS[2], max_new_tokens=8, bad_ids=((7,), (8, 9)), prompt_logprobs=1),
     ]
     assert answers_of(engine(folder, tp=2), asked) == answers_of(engine(folder), asked)
-
-
-def test_pictures(tmp_path: Path) -> None:
-    from tests.engine.test_pictures import request as with_picture
-
-    tiny_llava(tmp_path)
-    form = load_llava(tmp_path)[1]
-    asked = [with_picture(i, [5, 6, form.prepare(picture(SIZES[i], i)), 7]) for i in range(3)]
-    assert answers_of(engine(tmp_path, tp=2), asked) == answers_of(engine(tmp_path), asked)
 
 
 class Waiting:
@@ -100,34 +125,45 @@ class Waiting:
 
 
 def test_a_rank_that_dies_is_a_clear_error_and_never_a_hang(tmp_path: Path) -> None:
-    loaded = engine(tiny_folder(tmp_path, max_position_embeddings=100_000), tp=2)
+    """Over a cache that is too small for all at once."""
+    folder = tiny_folder(tmp_path, "LlamaForCausalLM", max_position_embeddings=100_000)
+    settings = {"cache_gb": 0.002, "session_len": 1000}
+    alone = answers_of(engine(folder, **settings), requests())
+    loaded = engine(folder, tp=2, **settings)
+    check_equal(alone, run_all(loaded.core, requests()), decoder_of(folder), PROMPTS)
     ranks = loaded.core._executor._ranks  # type: ignore[attr-defined]
     running, waiting = AsyncEngine(loaded.core), Waiting()
-    running.submit(request(0, [1, 2, 3], max_new_tokens=90_000), waiting)
+    running.submit(request(100, [1, 2, 3], max_new_tokens=900), waiting)
     assert waiting.begun.wait(60)
     os.kill(ranks._handles[0].pid, signal.SIGKILL)
     assert waiting.over.wait(60), "nobody was told"
     assert "rank 1 of 2 has ended" in str(waiting.outputs[-1].error)
     with pytest.raises(Exception, match="rank 1 of 2 has ended"):
-        running.submit(request(1, [1]), waiting)
+        running.submit(request(101, [1]), waiting)
     running.close()
     assert not torch.distributed.is_initialized()
 
 
-def test_a_step_that_breaks_everywhere_ends_its_requests_alone(tmp_path: Path) -> None:
-    folder = tiny_folder(tmp_path, tie_word_embeddings=False)
-    weights = load_file(folder / "model.safetensors")
-    weights["model.embed_tokens.weight"][7] = torch.nan
-    save_file(weights, folder / "model.safetensors")
-    loaded = engine(folder, tp=2, max_batch_size=1)
-    try:
-        loaded.core.add(request(0, [7, 7]))
-        error = loaded.core.step()[0].error
-        assert "logits are not numbers" in str(error)
-        assert not isinstance(error, RanksLost)
-        assert len(run_all(loaded.core, [request(1, [1, 2], max_new_tokens=3)])[1]) == 3
-    finally:
-        loaded.core.close()
+FAKE_RANK = """
+import json, socket, sys
+from lmtool.engine.frames import Frames
+from lmtool.engine.rank_wire import Arrived
+
+orders = json.loads(sys.stdin.readline())
+Frames(socket.socket(fileno=orders["socket_fd"]), None).send(Arrived())
+"""
+
+
+@pytest.mark.parametrize("when", ["before it joins", "while others join"])
+def test_a_rank_that_dies_before_it_has_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """It is not waited for: torch alone would wait for minutes. The second one says that it is there, and leaves."""
+    command = [sys.executable, "-c", FAKE_RANK if when == "while others join" else "import sys; sys.stdin.readline()"]
+    monkeypatch.setattr(rank_start, "module_command", lambda name: command)
+    begun = time.monotonic()
+    with pytest.raises(RanksLost, match="rank 1 of 2 has ended"):
+        engine(folder, tp=2)
+    assert time.monotonic() - begun < 60
+    assert not torch.distributed.is_initialized()
 
 
 @pytest.mark.parametrize(
@@ -150,10 +186,10 @@ def test_what_cannot_be_is_refused_and_nothing_is_left(
     assert not torch.distributed.is_initialized()
 
 
-def test_a_group_that_would_be_cut_is_refused(tmp_path: Path) -> None:
+def test_what_a_rank_finds_out_when_it_loads_is_refused(tmp_path: Path) -> None:
     folder = quantize(tiny_folder(tmp_path), "awq")
-    with pytest.raises(CheckpointError, match="--tp 4 would cut groups"):
-        engine(folder, tp=4, dtype="auto")
+    with pytest.raises(CheckpointError, match="--tp 2 would cut groups"):
+        engine(folder, tp=2, dtype="auto")
     assert not torch.distributed.is_initialized()
 
 
