@@ -18,7 +18,7 @@ from lmtool.errors import InputError
 
 FORMAT = "lmtool-plan/1"
 _MOST_LINES = 6  # of the picture
-_POINTS = 40
+_POINTS = 25
 
 
 def run_plan(

@@ -37,8 +37,13 @@ def curve(input_len: float = IN, step=step_s, at_once=(1, 2, 4, 8, SLOTS)) -> Re
 
 
 @pytest.fixture(scope="module")
-def measured() -> Replica:
-    return replica_of(read_cells(curve(), "curve"), IN, OUT)
+def report() -> Report:
+    return curve()
+
+
+@pytest.fixture(scope="module")
+def measured(report: Report) -> Replica:
+    return replica_of(read_cells(report, "curve"), IN, OUT)
 
 
 def flat(rates: list[float], first_s: float = 0.1, gap_s: float = 0.01) -> Replica:
@@ -163,11 +168,11 @@ def test_a_queue_longer_than_was_measured_is_named() -> None:
 
 
 # ---------------------------------------------------------------------- lengths
-def test_between_two_lengths_of_prompts_figures_lie_on_a_line() -> None:
+def test_between_two_lengths_of_prompts_figures_lie_on_a_line(report: Report) -> None:
     def longer(num_going_on: int, num_joining: int) -> float:
         return step_s(num_going_on, num_joining) + 0.06 * num_joining
 
-    both = Report(engine="", model="", results=[*curve(100).results, *curve(200, longer).results])
+    both = Report(engine="", model="", results=[*report.results, *curve(200, longer).results])
     cells = read_cells(both, "curve")
     short, middle, long = (replica_of(cells, length, OUT) for length in (100, 150, 200))
     assert 1 / middle.requests_per_s == pytest.approx(
@@ -179,8 +184,8 @@ def test_between_two_lengths_of_prompts_figures_lie_on_a_line() -> None:
         replica_of(cells, 400, OUT)
 
 
-def test_answers_of_another_length_are_reckoned_and_named(measured: Replica) -> None:
-    cells = read_cells(curve(), "curve")
+def test_answers_of_another_length_are_reckoned_and_named(report: Report) -> None:
+    cells = read_cells(report, "curve")
     longer = replica_of(cells, IN, 2 * OUT)
     assert longer.notes == [f"extrapolated: answers of {2 * OUT} tokens out of answers of {OUT}"]
     # alone: the prompt's 81 ms, then 21 ms for each further token
@@ -191,9 +196,9 @@ def test_answers_of_another_length_are_reckoned_and_named(measured: Replica) -> 
 
 # ---------------------------------------------------------------------- the command
 @pytest.fixture
-def saved(tmp_path: Path) -> Path:
+def saved(report: Report, tmp_path: Path) -> Path:
     path = tmp_path / "curve.json"
-    path.write_text(to_json(curve()))
+    path.write_text(to_json(report))
     return path
 
 
