@@ -92,6 +92,7 @@ class AsyncEngine:
                 self._take(item)
             if self._core.has_work:
                 return True
+            self._core.check()  # a server's heartbeat wakes an engine that nobody asks for anything
 
     def _take(self, item: tuple[Request, Callback] | Errand | int) -> None:
         if isinstance(item, int):

@@ -220,6 +220,10 @@ class EngineCore:
             if self._grammars is not None:
                 self._grammars.leave(sequence.constraint)
 
+    def check(self) -> None:
+        """For an engine that has nothing to do. Raises RanksLost where it could do nothing."""
+        self._executor.check()
+
     def close(self) -> None:
         self._launched.clear()
         if self._grammars is not None:

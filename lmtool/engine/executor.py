@@ -35,13 +35,17 @@ class Runner(Protocol):
 
 
 class Executor(Protocol):
-    """All ranks; each method as `Runner`'s."""
+    """All ranks; each method as `Runner`'s.
+
+    check   raises RanksLost where one has ended, also while nothing is launched
+    """
 
     @property
     def depth(self) -> int: ...
     def copy(self, saves: Sequence[tuple[int, int]], loads: Sequence[Load]) -> None: ...
     def copied(self, *, wait: bool) -> CopiesDone: ...
     def launch(self, batch: Batch) -> Pending: ...
+    def check(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -66,6 +70,9 @@ class LocalExecutor:
     def launch(self, batch: Batch) -> Pending:
         assert self._runner is not None, "closed"
         return self._runner.launch(batch)
+
+    def check(self) -> None:
+        """There is no other rank."""
 
     def close(self) -> None:
         """Let go of weights and cache. May be called twice."""
@@ -108,6 +115,9 @@ class RankExecutor(LocalExecutor):
             raise RanksLost("a step failed on some ranks and not on others", "start the engine again") from None
         self._ranks.launched(number)
         return _OfAll(pending, self._ranks)
+
+    def check(self) -> None:
+        self._ranks.check()
 
     def close(self) -> None:
         super().close()

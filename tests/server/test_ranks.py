@@ -1,44 +1,82 @@
-"""A server whose model is shared by two processes: it answers, and comes back when one of them is killed."""
+"""A server whose model is shared with `lmtool serve ranks`: it answers, and comes back when a rank is killed."""
 
+import contextlib
 import os
+import secrets
 import signal
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import pytest
 
+from lmtool import EngineConfig, GenerationConfig, pipeline
 from tests.quant.models import tiny_folder
-from tests.server.process import Process
+from tests.server.process import LMTOOL, TIMEOUT_S, Process
 from tests.server.serving import wait_until
 
-ASKED = {"messages": [{"role": "user", "content": "one two three"}], "max_tokens": 6, "temperature": 0}
+MESSAGES = [{"role": "user", "content": "one two three"}]
+ASKED = {"messages": MESSAGES, "max_tokens": 6, "temperature": 0}
+KEY = secrets.token_hex(16)
 
 
-def rank_pid(engine_pid: int) -> int:
-    children = Path(f"/proc/{engine_pid}/task/{engine_pid}/children").read_text().split()
-    return next(
-        int(pid) for pid in children if b"lmtool.engine.rank_process" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    )
+@contextlib.contextmanager
+def serving_ranks() -> Iterator[tuple[int, str]]:
+    """`lmtool serve ranks` → its pid, and where it listens."""
+    environment = {**os.environ, "LMTOOL_RANKS_KEY": KEY, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [LMTOOL, "serve", "ranks", "--port", "0"], env=environment, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        try:
+            said = process.stderr.readline().split()
+            assert said[:3] == ["lmtool:", "for", "--rank-hosts"]
+            yield process.pid, said[3]
+        finally:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(TIMEOUT_S) == 0
+
+
+def rank_pids(parent: int) -> list[int]:
+    tasks = Path(f"/proc/{parent}/task").glob("*/children")
+    return [int(pid) for children in tasks for pid in children.read_text().split()]
 
 
 def test_a_rank_that_is_killed_costs_its_requests_and_no_more(tmp_path):
     folder = tiny_folder(tmp_path / "m", "Qwen2ForCausalLM")
-    flags = ("--device", "cpu", "--dtype", "float32", "--cache-gb", "0.02", "--max-batch-size", "4")
-    with Process(*flags, model=str(folder)) as server, server.client() as client:
-        alone = client.post("/v1/chat/completions", json=ASKED).json()["choices"][0]["message"]
-    with Process(*flags, "--tp", "2", model=str(folder)) as server, server.client() as client:
-        assert any("in 2 parts" in line for line in server.said)
-        assert client.post("/v1/chat/completions", json=ASKED).json()["choices"][0]["message"] == alone
-        engine_pid = server.engine_pid()
-        os.kill(rank_pid(engine_pid), signal.SIGKILL)
+    config = EngineConfig(device="cpu", dtype="float32", cache_gb=0.02, max_batch_size=4)
+    with pipeline(folder, config) as pipe:
+        alone = pipe(MESSAGES, GenerationConfig(max_new_tokens=6)).text
+    flags = ("--device", "cpu", "--dtype", "float32", "--cache-gb", "0.02", "--max-batch-size", "4", "--tp", "2")
+    with (
+        serving_ranks() as (host, address),
+        Process(*flags, "--rank-hosts", address, model=str(folder), LMTOOL_RANKS_KEY=KEY) as server,
+        server.client() as client,
+    ):
 
-        def is_back() -> bool:
+        def answer() -> str | None:
             try:
-                again = client.post("/v1/chat/completions", json=ASKED)
+                heard = client.post("/v1/chat/completions", json=ASKED)
             except httpx.HTTPError:
-                return False
-            assert again.status_code in (200, 500, 503), again.text
-            return again.status_code == 200
+                return None
+            assert heard.status_code in (200, 500, 503), heard.text
+            return heard.json()["choices"][0]["message"]["content"] if heard.status_code == 200 else None
 
-        wait_until(is_back)
+        assert any("in 2 parts" in line for line in server.said)
+        assert answer() == alone
+        engine_pid, (rank,) = server.engine_pid(), rank_pids(host)
+        os.kill(rank, signal.SIGKILL)
+        wait_until(lambda: rank_pids(host) not in ([], [rank]) and answer() == alone)
         assert server.engine_pid() != engine_pid
-        assert client.post("/v1/chat/completions", json=ASKED).json()["choices"][0]["message"] == alone
+
+
+@pytest.mark.parametrize(("key", "said"), [({}, "is not set"), ({"LMTOOL_RANKS_KEY": "123"}, "has 3 characters")])
+def test_nobody_listens_without_a_key(key, said):
+    environment = {name: value for name, value in os.environ.items() if name != "LMTOOL_RANKS_KEY"}
+    heard = subprocess.run(
+        [LMTOOL, "serve", "ranks", "--port", "0"], env=environment | key, capture_output=True, text=True, timeout=60
+    )
+    assert heard.returncode == 2
+    assert heard.stderr.count("\n") == 1
+    assert f"LMTOOL_RANKS_KEY {said}" in heard.stderr
