@@ -1,12 +1,8 @@
 """The chat's page in a headless Chromium that types and reads; what needs no browser first."""
 
-import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -15,18 +11,9 @@ from lmtool.chat.session import Session, Turn
 from lmtool.chat.web_book import Answering, Book, answer_shown, sampling, shown
 from lmtool.config import GenerationConfig
 from lmtool.errors import InputError, RequestError
+from tests.chat.browser import Web, ask, in_a_browser, page_of, wait_for, wait_for_status, web
 from tests.chat.fake_chat import FakeBackend
 from tests.chat.terminal import REPO
-from tests.server.serving import Serving
-
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
-TIMEOUT_MS = 120_000  # generous: the machine is shared
-in_a_browser = pytest.mark.skipif(
-    CHROMIUM is None or find_spec("playwright") is None or find_spec("gradio") is None,
-    reason="needs Chromium (apt-get install chromium), playwright and gradio",
-)
 
 
 # ------------------------------------------------------------------ conversations
@@ -104,68 +91,19 @@ def test_what_cannot_be_is_one_line(words, said) -> None:
 
 
 # ------------------------------------------------------------------ the browser
-@contextmanager
-def page_of(*command: str) -> Iterator[Any]:
-    """A browser's page of what this command serves."""
-    with page_and_lines_of(*command) as (page, _):
-        yield page
-
-
-@contextmanager
-def page_and_lines_of(*command: str) -> Iterator[tuple[Any, Iterator[str]]]:
-    """And what the command writes. Whatever the page wants from elsewhere fails the test."""
-    from playwright.sync_api import sync_playwright
-
-    server = subprocess.Popen([sys.executable, *command], cwd=REPO, stderr=subprocess.PIPE, text=True)
-    try:
-        lines = iter(server.stderr.readline, "")
-        said: list[str] = []
-        url = next(
-            (found[1] for line in lines if (said.append(line) or (found := re.search("page is at (.*)", line)))), None
-        )
-        assert url, "".join(said)
-        with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-            page = browser.new_page()
-            page.set_default_timeout(TIMEOUT_MS)
-            elsewhere: list[str] = []
-            page.route(
-                lambda address: not address.startswith(url),
-                lambda route: (elsewhere.append(route.request.url), route.abort()),
-            )
-            page.goto(url)
-            page.locator("#question textarea").wait_for()
-            yield page, lines
-            browser.close()
-            assert elsewhere == []
-    finally:
-        server.terminate()
-        server.wait(60)
-        server.stderr.close()
-
-
-def ask(page: Any, question: str) -> None:
-    page.locator("#question textarea").fill(question)
-    page.locator("#send").click()
-
-
-def wait_for(page: Any, where: str, text: str) -> None:
-    page.locator(where).filter(has_text=text).first.wait_for()
-
-
-def wait_for_status(page: Any, text: str) -> str:
-    page.wait_for_function(
-        "text => document.querySelector('#status textarea, #status input').value.includes(text)", arg=text
-    )
-    return page.locator("#status textarea, #status input").input_value()
+@pytest.fixture(scope="module")
+def fake() -> Iterator[Web]:
+    """The page of a scripted model; each test is somebody new there."""
+    with web("-m", "tests.chat.fake_web") as served:
+        yield served
 
 
 @in_a_browser
-def test_a_person_chats_in_a_browser() -> None:
-    with page_of("-m", "tests.chat.fake_web") as page:
+def test_a_person_chats_in_a_browser(browser: Any, fake: Web) -> None:
+    with page_of(browser, fake.url) as page:
         page.locator("#system textarea").fill("Be brief.")
         ask(page, "hello")
-        wait_for(page, "#chat", "answer 1 to 'hello' in 1 lines at 0.5")
+        wait_for(page, "#chat", "to 'hello' in 1 lines at 0.5")
         assert "prompt tokens" in wait_for_status(page, "generated")
         assert page.locator("#question textarea").input_value() == ""
         # Markdown is drawn, a thought is folded, a model's HTML is text
@@ -196,9 +134,9 @@ def test_a_person_chats_in_a_browser() -> None:
 
 
 @in_a_browser
-def test_a_models_answer_fetches_nothing() -> None:
+def test_a_models_answer_fetches_nothing(browser: Any, fake: Web) -> None:
     """What the page wants from elsewhere fails in `page_of`."""
-    with page_of("-m", "tests.chat.fake_web") as page:
+    with page_of(browser, fake.url) as page:
         refused: list[str] = []
         page.on("console", lambda message: refused.append(message.text))
         ask(page, "elsewhere")
@@ -209,19 +147,19 @@ def test_a_models_answer_fetches_nothing() -> None:
 
 
 @in_a_browser
-def test_several_conversations_in_a_browser() -> None:
-    with page_of("-m", "tests.chat.fake_web") as page:
+def test_several_conversations_in_a_browser(browser: Any, fake: Web) -> None:
+    with page_of(browser, fake.url) as page:
         ask(page, "hello")
-        wait_for(page, "#chat", "answer 1 to 'hello'")
+        wait_for(page, "#chat", "to 'hello' in")
         wait_for_status(page, "generated")
         page.locator("#new").click()
         wait_for(page, "#conversations", "2: new conversation")
-        page.wait_for_function("!document.querySelector('#chat').innerText.includes('answer 1')")
+        page.wait_for_function("!document.querySelector('#chat').innerText.includes('in 1 lines')")
         ask(page, "poem")
         wait_for(page, "#chat", "violets are blue")
         wait_for_status(page, "generated")
         page.locator("#conversations label").filter(has_text="1: hello").click()
-        wait_for(page, "#chat", "answer 1 to 'hello'")
+        wait_for(page, "#chat", "to 'hello' in")
         assert page.locator("#chat").filter(has_text="violets").count() == 0
         page.locator("#delete").click()
         wait_for(page, "#chat", "violets are blue")
@@ -229,27 +167,17 @@ def test_several_conversations_in_a_browser() -> None:
 
 
 @in_a_browser
-def test_two_people_at_once_and_one_who_leaves() -> None:
-    with page_and_lines_of("-m", "tests.chat.fake_web") as (page, lines):
+def test_two_people_at_once_and_one_who_leaves(browser: Any, fake: Web) -> None:
+    def wait_for_line(text: str) -> None:
+        assert any(text in line for line in fake.lines)
+
+    with page_of(browser, fake.url) as page:
         ask(page, "endless")
         wait_for(page, "#chat", "word9 ")
-        other = page.context.browser.new_page()
-        other.set_default_timeout(TIMEOUT_MS)
-        other.goto(page.url)
-        ask(other, "poem")
-        wait_for(other, "#chat", "violets are blue")
-        assert "the answer to 'poem' is over" in next(lines)
-        assert page.locator("#chat").filter(has_text="violets").count() == 0
+        with page_of(browser, fake.url) as other:
+            ask(other, "from another")
+            wait_for(other, "#chat", "to 'from another' in")
+            wait_for_line("the answer to 'from another' is over")
+        assert page.locator("#chat").filter(has_text="another").count() == 0
         page.goto("about:blank")
-        assert "the answer to 'endless' is over" in next(lines)
-
-
-@in_a_browser
-def test_a_page_for_a_server() -> None:
-    flags = ("--server-port", "0", "--max-new-tokens", "8", "--temperature", "0")
-    with Serving() as server, page_of("-m", "lmtool", "serve", "gradio", server.url, *flags) as page:
-        wait_for(page, "body", "tiny · http")
-        ask(page, "hello")
-        assert "8 generated" in wait_for_status(page, "generated")
-        ask(page, "again")
-        page.wait_for_function("document.querySelectorAll('#chat .bot, #chat [data-testid=bot]').length >= 2")
+        wait_for_line("the answer to 'endless' is over")

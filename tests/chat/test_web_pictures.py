@@ -12,8 +12,8 @@ import pytest
 from lmtool.chat.pictures import Picture
 from lmtool.chat.session import Session, Turn
 from lmtool.chat.web_book import shown
+from tests.chat.browser import Web, ask, in_a_browser, page_of, wait_for, wait_for_status, web
 from tests.chat.terminal import REPO
-from tests.chat.test_web import ask, in_a_browser, page_of, wait_for, wait_for_status
 from tests.server.pictures import picture
 from tests.server.serving import Serving
 from tests.server.support import llava_engine
@@ -30,6 +30,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     with Serving(engine) as serving:
         yield serving
     engine.close()
+
+
+@pytest.fixture(scope="module")
+def seeing(server: Serving) -> Iterator[Web]:
+    with web("-m", "lmtool", "serve", "gradio", server.url, *FLAGS) as served:
+        yield served
 
 
 def upload(page: Any, *files: dict[str, Any]) -> None:
@@ -58,8 +64,8 @@ def test_names_of_pictures_are_no_markdown() -> None:
 
 
 @in_a_browser
-def test_a_person_shows_pictures_in_a_browser(server: Serving) -> None:
-    with page_of("-m", "lmtool", "serve", "gradio", server.url, *FLAGS) as page:
+def test_a_person_shows_pictures_in_a_browser(server: Serving, browser: Any, seeing: Web) -> None:
+    with page_of(browser, seeing.url) as page:
         ask(page, "What is this?")
         blind = prompt_tokens(wait_for_status(page, "generated"))
         page.locator("#new").click()
@@ -85,8 +91,8 @@ def test_a_person_shows_pictures_in_a_browser(server: Serving) -> None:
 
 
 @in_a_browser
-def test_what_is_no_picture_is_said_and_can_be_taken_out(server: Serving) -> None:
-    with page_of("-m", "lmtool", "serve", "gradio", server.url, *FLAGS) as page:
+def test_what_is_no_picture_is_said_and_can_be_taken_out(server: Serving, browser: Any, seeing: Web) -> None:
+    with page_of(browser, seeing.url) as page:
         upload(page, {"name": "cat.png", "mimeType": "image/png", "buffer": b"no picture at all"})
         ask(page, "What is this?")
         wait_for_status(page, "error: cat.png is no picture")
@@ -95,10 +101,17 @@ def test_what_is_no_picture_is_said_and_can_be_taken_out(server: Serving) -> Non
 
 
 @in_a_browser
-def test_a_model_that_sees_nothing_has_no_field_for_pictures() -> None:
-    with Serving() as blind, page_of("-m", "lmtool", "serve", "gradio", blind.url, *FLAGS) as page:
+def test_the_page_of_a_server_whose_model_sees_nothing(browser: Any) -> None:
+    """It has no field for pictures, and takes none."""
+    flags = ("-m", "lmtool", "serve", "gradio")
+    with Serving() as blind, web(*flags, blind.url, *FLAGS) as served, page_of(browser, served.url) as page:
+        wait_for(page, "body", "tiny · http")
+        ask(page, "hello")
+        assert "8 generated" in wait_for_status(page, "generated")
+        ask(page, "again")
+        page.wait_for_function("document.querySelectorAll('#chat .bot, #chat [data-testid=bot]').length >= 2")
         assert page.locator("#question input[type=file]").count() == 0
-        with httpx.Client(base_url=page.url) as http:
+        with httpx.Client(base_url=served.url) as http:
             files = {"files": ("cat.png", picture(90, 90) + b"\0" * 2048)}
             assert http.post("/gradio_api/upload", files=files).status_code == 413
 
@@ -106,8 +119,8 @@ def test_a_model_that_sees_nothing_has_no_field_for_pictures() -> None:
 @in_a_browser
 def test_no_other_file_of_the_machine_is_read(server: Serving, tmp_path: Path) -> None:
     (tmp_path / "secret.png").write_bytes(picture())
-    with page_of("-m", "lmtool", "serve", "gradio", server.url, *FLAGS) as page:
-        with httpx.Client(base_url=page.url) as http:
+    with web("-m", "lmtool", "serve", "gradio", server.url, *FLAGS) as served:
+        with httpx.Client(base_url=served.url) as http:
             for path in ("/etc/passwd", f"{tmp_path}/secret.png", f"{REPO}/pyproject.toml", "pyproject.toml"):
                 assert http.get(f"/gradio_api/file={path}").status_code in (403, 404), path
             files = {"files": ("cat.png", picture(60, 40))}
@@ -115,18 +128,18 @@ def test_no_other_file_of_the_machine_is_read(server: Serving, tmp_path: Path) -
         folder = Path(uploaded).parents[1]
         assert (folder.name.startswith("lmtool-"), folder.stat().st_mode & 0o077) == (True, 0)  # nobody else's
         meta = {"meta": {"_type": "gradio.FileData"}}
-        assert "8 generated" in _sent(page, {"text": "What is this?", "files": [{"path": uploaded, **meta}]})
+        assert "8 generated" in _sent(served, {"text": "What is this?", "files": [{"path": uploaded, **meta}]})
         for path in (f"{tmp_path}/secret.png", "/etc/passwd", "../secret.png"):
             for more in (meta, {}):
-                said = _sent(page, {"text": "What is this?", "files": [{"path": path, **more}]})
+                said = _sent(served, {"text": "What is this?", "files": [{"path": path, **more}]})
                 assert "generated" not in said, said
                 assert "process_completed" in said
     assert not folder.exists()
 
 
-def _sent(page: Any, question: dict[str, Any]) -> str:
+def _sent(served: Web, question: dict[str, Any]) -> str:
     """What the page's own function answers when it is called with this as what was typed."""
-    with httpx.Client(base_url=page.url, timeout=120) as http:
+    with httpx.Client(base_url=served.url, timeout=120) as http:
         config = http.get("/config").json()
         names = {part["id"]: part["props"].get("elem_id") for part in config["components"]}
         found = next(one for one in config["dependencies"] if names.get((one["inputs"] or [None])[0]) == "question")
