@@ -13,6 +13,7 @@ from lmtool.errors import ConfigError
 _STORE_BYTES = 100 << 20  # nothing of ours goes through Ray's object store; this is about the least that it takes
 
 _REACH_S = 5.0
+_TRIES = "6"  # a second each, of Ray's own at a head that has another token; it has been seen to listen
 _MOST_CHARS = 300  # of what Ray says is wrong
 
 
@@ -28,6 +29,8 @@ def joined(address: str | None, say: Callable[[str], None]) -> Iterator[None]:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ["RAY_AUTH_MODE"] = "token"  # before Ray is imported; its processes inherit it
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    else:
+        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", _TRIES)
     import ray
     from ray import serve
 
@@ -42,16 +45,21 @@ def joined(address: str | None, say: Callable[[str], None]) -> Iterator[None]:
         try:
             ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:_MOST_CHARS]  # of a version that differs it says both, in lines
-            raise ConfigError(
-                f"--ray-address {address} cannot be joined: {reason}",
-                "start Ray there (ray start --head) with the version and the token of this machine",
-            ) from error
+            raise cannot_join(address, str(error)) from error
     try:
         serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})  # the front is ours
         yield
     finally:
         ray.shutdown()  # of our own all of it; of another Serve goes on, with what others have there
+
+
+def cannot_join(address: str, said: str) -> ConfigError:
+    """said: by Ray, in lines; of a version that differs it says both."""
+    if "Version mismatch" in said:
+        fix = "install the same versions on all machines, and start Ray again"
+    else:
+        fix = "see that Ray runs there, and that RAY_AUTH_MODE and RAY_AUTH_TOKEN are the same here as there"
+    return ConfigError(f"--ray-address {address} cannot be joined: {' '.join(said.split())[:_MOST_CHARS]}", fix)
 
 
 def _check_reachable(address: str) -> None:

@@ -16,6 +16,7 @@ from typing import Self
 
 import pytest
 
+from tests.cluster.proxy import command_line
 from tests.server.process import LMTOOL, TIMEOUT_S, until
 
 RAY = str(Path(LMTOOL).with_name("ray"))
@@ -121,11 +122,7 @@ class Hosts:
     def processes(self, number: int) -> dict[int, str]:
         """Command lines of all that run there."""
         found = subprocess.run(["ip", "netns", "pids", self._name(number)], capture_output=True, text=True)
-        lines = {}
-        for pid in map(int, found.stdout.split()):
-            with contextlib.suppress(OSError):
-                lines[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-        return lines
+        return {int(pid): command_line(Path(f"/proc/{pid}")) for pid in found.stdout.split()}
 
     def _kill_all(self, number: int) -> list[int]:
         """Who there was."""

@@ -1,5 +1,6 @@
 """`lmtool serve proxy` as users start it, and clients that keep asking it."""
 
+import contextlib
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from tests.server.process import LMTOOL, TIMEOUT_S, Process
 SMALL = "cpus=0.1,device=cpu,dtype=float32,cache-gb=0.05"
 PROMPT = {"prompt": "The lighthouse", "temperature": 0, "max_tokens": 60, "ignore_eos": True}
 KEY = {"Authorization": "Bearer secret"}
-until = partial(process.until, every_s=0.2)  # what it looks at costs what is waited for
+until = partial(process.until, every_s=0.4)  # what it looks at costs what is waited for
 
 
 class Proxy(Process):
@@ -32,10 +33,15 @@ class Proxy(Process):
         super().__init__()
         self._words = [*before, LMTOOL, "serve", "proxy", "--port", "0", "--api-keys", "secret", *flags]
         self._environment = {**self._environment, **(env or {})}
+        self._asking = httpx.Client(headers=KEY, timeout=TIMEOUT_S)  # to make one costs more than to ask
+
+    def wait(self) -> int:
+        self._asking.close()
+        return super().wait()
 
     def metrics(self) -> dict[tuple[str, str], int]:
         """The front's own, by name and model."""
-        text = httpx.get(f"{self.url}/metrics", headers=KEY, timeout=TIMEOUT_S).text
+        text = self._asking.get(f"{self.url}/metrics").text
         found = re.findall(r'^lmtool:proxy_(\w+){model_name="(\w)"} (\S+)$', text, flags=re.MULTILINE)
         return {(name, model): int(float(value)) for name, model, value in found}
 
@@ -47,13 +53,10 @@ class Proxy(Process):
 
     def answered(self, model: str) -> dict[str, int]:
         """Requests that each replica has answered, as it says itself; who cannot be reached is missing."""
-        text = httpx.get(f"{self.url}/metrics", headers=KEY, timeout=TIMEOUT_S).text
+        text = self._asking.get(f"{self.url}/metrics").text
         row = rf'^lmtool:request_success_total{{.*model_name="{model}".*replica="(\w+)"}} (\S+)$'
         found = re.findall(row, text, flags=re.MULTILINE)
         return {name: sum(int(float(value)) for one, value in found if one == name) for name, _ in found}
-
-    def says(self, words: str) -> bool:
-        return any(words in line for line in self.said)
 
 
 class Load:
@@ -135,14 +138,19 @@ def refusal(*flags: str, before: Sequence[str] = (), env: Mapping[str, str] | No
 
 def processes(root: int) -> dict[int, str]:
     """Command lines of all that a process and its children have started."""
-    command = ["ps", "-ww", "-eo", "pid=,ppid=,args="]  # whole lines, whatever COLUMNS says
-    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    rows = [line.split(None, 2) for line in table.splitlines()]
-    found, todo = {}, [root]
+    found, todo = {}, [Path(f"/proc/{root}")]
     while todo:
         parent = todo.pop()
-        for pid, ppid, words in rows:
-            if int(ppid) == parent:
-                found[int(pid)] = words
-                todo.append(int(pid))
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            words = " ".join(path.read_text() for path in (parent / "task").glob("*/children"))
+            children = [Path(f"/proc/{pid}") for pid in words.split()]
+            found |= {int(child.name): command_line(child) for child in children}
+            todo += children
     return found
+
+
+def command_line(folder: Path) -> str:
+    """Of a process's folder in /proc; '' where there is none any more."""
+    with contextlib.suppress(OSError):
+        return (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+    return ""

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("ray", reason="pip install '.[cluster]'")
 
 from tests.cluster.hosts import Hosts, two_hosts
-from tests.cluster.proxy import KEY, Load, Proxy, refusal, until
+from tests.cluster.proxy import KEY, PROMPT, Load, Proxy, end_of, refusal, until
 from tests.quant.models import tiny_folder
 
 SMALL = "device=cpu,dtype=float32,cache-gb=0.05"
@@ -69,12 +69,16 @@ def test_a_cut_link_costs_only_what_was_streaming_there_and_comes_back(hosts: Ho
         hosts.cut(2)
         until(lambda: proxy.metrics()["replicas_ready", "a"] == 1)
         seen = load.num("a")
+        with proxy.client(headers=KEY) as client:  # of the replica that lost half of itself
+            assert client.post("/v1/completions", json={**PROMPT, "model": "b"}).status_code == 503
         until(lambda: load.num("a") > seen + 10)
         hosts.mend(2)
-        until(lambda: proxy.has_replicas(a=2))
+        until(lambda: proxy.has_replicas(a=2, b=1))
         before = proxy.answered("a")
         assert len(before) == 2
         until(lambda: all(number > before[name] + 3 for name, number in proxy.answered("a").items()))
+        with proxy.client(headers=KEY) as client:
+            assert end_of(client.post("/v1/completions", json={**PROMPT, "model": "b"})) == "whole"
     load.check()
     print(f"the longest waited {load.longest_s:.1f} s")
     assert load.longest_s < 20

@@ -15,7 +15,7 @@ pytest.importorskip("ray", reason="pip install '.[cluster]'")
 
 from lmtool.cluster.deployment import application_name
 from lmtool.cluster.spec import ModelSpec
-from tests.cluster.proxy import KEY, PROMPT, Load, Proxy, processes, refusal, until
+from tests.cluster.proxy import KEY, PROMPT, Load, Proxy, command_line, processes, refusal, until
 from tests.quant.models import tiny_folder
 from tests.server.process import TIMEOUT_S
 
@@ -126,8 +126,9 @@ def test_a_killed_replica_costs_only_what_was_streaming_there_and_another_takes_
 
 def reread(proxy: Proxy, *tables: str, says: str) -> None:
     proxy.config.write_text("".join(f"[[models]]\n{table}" for table in tables))
+    before = len(proxy.said)
     proxy.process.send_signal(signal.SIGHUP)
-    until(lambda: proxy.says(says))
+    until(lambda: any(says in line for line in proxy.said[before:]))
 
 
 def test_models_change_come_and_go_without_a_lost_request(proxy: Proxy) -> None:
@@ -183,14 +184,7 @@ def test_at_its_end_answers_are_finished_and_nothing_is_left(proxy: Proxy) -> No
         assert rest[-1] == "[DONE]"
     assert proxy.wait() == 0
     assert not [line for line in proxy.said if "Traceback" in line or line.startswith("lmtool: error")]
-    until(lambda: not [pid for pid, words in started.items() if _is_running(pid, words)])
-
-
-def _is_running(pid: int, words: str) -> bool:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip() == words.strip()
-    except OSError:
-        return False
+    until(lambda: not [pid for pid, words in started.items() if words and words == command_line(Path(f"/proc/{pid}"))])
 
 
 # ---------------------------------------------------------------------- what is refused
