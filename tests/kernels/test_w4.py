@@ -128,23 +128,27 @@ def test_one_row_among_others_is_what_it_is_alone(device):
         assert_close(triton_w4.w4_linear(x[row : row + 1], weight), together[row : row + 1])
 
 
-@pytest.mark.parametrize("held", [False, True])
+SHARES = [(1, 3, 2, 1, 128), (1, 2, 4, 2, 64), (1, 1, 2, 2, 64), (4, 1, 4, 1, 128), (4, 1, 4, 2, 64)]
+
+
 @pytest.mark.parametrize(
-    ("rows", "turns", "warps", "along_k"),
-    [(1, 3, 2, 1), (1, 2, 4, 2), (1, 1, 2, 2), (4, 1, 4, 1), (4, 1, 4, 2), (16, 5, 1, 1)],
+    ("rows", "turns", "warps", "along_k", "num_out", "held"),
+    [*((*share, held) for share in SHARES for held in (False, True)), (16, 5, 1, 1, 64, False)],
 )
-def test_programs_and_warps_that_share_a_row_of_tiles_or_take_several(rows, turns, warps, along_k, held, device):
+def test_programs_and_warps_that_share_a_row_of_tiles_or_take_several(
+    rows, turns, warps, along_k, num_out, held, device
+):
     """Three turns of a row of four tiles: whole rows, and parts that the last program adds; one turn: parts only.
 
     Held where turns divide a row, else it is not: the result is the same.
     """
-    weight, x = tiles(128, 512, 128, device), normal(rows, 512, dtype=torch.float16, device=device, scale=3)
+    weight, x = tiles(num_out, 512, 128, device), normal(rows, 512, dtype=torch.float16, device=device, scale=3)
     norm_weight = normal(512, dtype=torch.float16, device=device)
     expected = reference.norm_w4_linear(x, norm_weight, EPS, weight)
     for norm in (True, False) if rows == 1 else (True,):
         config = tuning.W4FewConfig(warps, turns, True, 128, along_k, held, norm)
-        with tuning.using([tables.Entry(tables.Key("w4_few", 128, 512, False, 2), rows, config)]):
-            for _ in range(2):  # the counters are zeros again after the first
+        with tuning.using([tables.Entry(tables.Key("w4_few", num_out, 512, False, 2), rows, config)]):
+            for _ in range(2 if norm else 1):  # the counters are zeros again after the first
                 actual = triton_w4.norm_w4_linear(x, norm_weight, EPS, weight)
                 assert_close(actual, expected, loosen=loosen(512, torch.float16))
 
