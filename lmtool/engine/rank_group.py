@@ -79,7 +79,7 @@ def join_group(
     # it names groups by how many this process has tried to make, and the others are to meet by the same name
     torch.distributed.distributed_c10d._world.group_count = 0
     hook, before = sys.excepthook, _connections()
-    with _through(interface_of(address)) if address is not None else contextlib.nullcontext():
+    with _through(address) if address is not None else contextlib.nullcontext():
         torch.distributed.init_process_group(
             "nccl" if on_gpu else "gloo",
             store=file_store(store, size) if isinstance(store, Path) else store,
@@ -142,10 +142,11 @@ def _family(address: str) -> socket.AddressFamily:
 
 
 @contextlib.contextmanager
-def _through(interface: str) -> Iterator[None]:
+def _through(address: str) -> Iterator[None]:
     """gloo and NCCL find other interfaces by themselves, which need not lead anywhere. What is set already stays."""
     ours = [name for name in _NAMES if name not in os.environ]
-    os.environ.update(dict.fromkeys(ours, interface))
+    if ours:
+        os.environ.update(dict.fromkeys(ours, interface_of(address)))
     try:
         yield
     finally:

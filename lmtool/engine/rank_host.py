@@ -44,9 +44,8 @@ class RankHost:
         try:
             self._listener = socket.create_server((host, port), family=family)
         except OSError as error:
-            raise ConfigError(
-                f"cannot listen on {host} port {port}: {error.strerror or error}", "give another --host or --port"
-            ) from error
+            why = str(error.strerror or error).partition(" (while")[0]  # Python repeats the address
+            raise ConfigError(f"cannot listen on {host} port {port}: {why}", "give another --host or --port") from error
         self._key = key
         self._over, self._end = socket.socketpair()  # the one becomes readable, for all who watch, when the other ends
         self._sessions: set[threading.Thread] = set()

@@ -156,7 +156,7 @@ class Ranks:
             while True:
                 self._hear(rank, handle, handle.frames.receive())
         except (EOFError, ConnectionError):
-            self._lose(RanksLost(f"{handle.name} has ended", "see what it said before"))
+            self._lose(_ended(handle))
         except TimeoutError:
             self._lose(
                 RanksLost(f"{handle.name} was silent for {SILENT_S} s", "is its machine there, and the network?")
@@ -246,7 +246,7 @@ class Ranks:
             try:
                 handle.frames.connection.sendall(frame)
             except OSError:
-                self._lose(RanksLost(f"{handle.name} has ended", "see what it said before"))
+                self._lose(_ended(handle))
                 self.check()
 
     def launched(self, number: int) -> None:
@@ -287,6 +287,11 @@ class Ranks:
             leaving = self._leave()
         leaving.join(_END_S)
         self._folder.cleanup()
+
+
+def _ended(handle: RankHandle) -> RanksLost:
+    where = "see what it said before" if handle.pid is not None else "see what `lmtool serve ranks` said there"
+    return RanksLost(f"{handle.name} has ended", where)
 
 
 def _first_line(error: Exception) -> str:

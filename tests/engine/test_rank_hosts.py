@@ -18,15 +18,24 @@ from typing import Any
 import pytest
 
 from lmtool.child import module_command, module_environment
-from lmtool.engine import rank_key
+from lmtool.engine import rank_key, ranks
 from lmtool.engine.async_engine import AsyncEngine
 from lmtool.engine.frames import Codec
 from lmtool.engine.rank_host import RankHost
 from lmtool.engine.setup import LoadedEngine
 from lmtool.errors import CheckpointError, ConfigError, InputError
-from tests.engine.test_ranks import PROMPTS, Waiting, answers_of, decoder_of, engine, requests
+from tests.engine.test_ranks import (
+    ON_CARDS,
+    PROMPTS,
+    Waiting,
+    answers_of,
+    decoder_of,
+    engine,
+    requests,
+    two_cards,
+)
 from tests.quant.models import tiny_folder
-from tests.support import check_equal, request
+from tests.support import check_equal, request, run_all
 
 KEY = secrets.token_hex(16)
 WAIT_S = 60.0
@@ -46,15 +55,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # ---------------------------------------------------------------------- a rank host on this machine
 @contextlib.contextmanager
-def host_process(*before: str, address: str = "127.0.0.1") -> Iterator[tuple["subprocess.Popen[str]", str]]:
+def host_process(
+    *before: str, address: str = "127.0.0.1", **environment: str
+) -> Iterator[tuple["subprocess.Popen[str]", str]]:
     """As another program starts one: its key comes on stdin, its address on stdout. before: in front of the command."""
-    environment = {name: value for name, value in module_environment().items() if name != rank_key.KEY}
     with subprocess.Popen(
         [*before, *module_command("lmtool.engine.rank_host"), "--host", address],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**environment, "OMP_NUM_THREADS": "1"},
+        env={**module_environment(), "OMP_NUM_THREADS": "1", **environment},
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -111,12 +121,12 @@ def test_answers_and_what_dies(folder: Path) -> None:
         assert rank_pids(host.pid) == []
 
         loaded = engine(folder, tp=4, rank_hosts=(address,))
-        check_equal(alone, run(loaded), decoder_of(folder), PROMPTS)
+        check_equal(alone, run_all(loaded.core, requests()), decoder_of(folder), PROMPTS)
         pids = rank_pids(host.pid)
         assert len(pids) == 2
         said = lost_in_a_request(loaded, pids[1])
         assert f"of 4, on {address}, has ended" in said
-        assert rank_pids(host.pid) == []
+        until(lambda: rank_pids(host.pid) == [])
 
         loaded = engine(folder, tp=2, rank_hosts=(address,))
         pids = rank_pids(host.pid)
@@ -126,10 +136,14 @@ def test_answers_and_what_dies(folder: Path) -> None:
         engine(folder, tp=2, rank_hosts=(address,))
 
 
-def run(loaded: LoadedEngine) -> dict[int, list[int]]:
-    from tests.support import run_all
-
-    return run_all(loaded.core, requests())
+@pytest.mark.gpu
+@two_cards
+def test_a_card_of_another_machine(folder: Path) -> None:
+    """Its machine has but the second card; NCCL between, over the loopback."""
+    alone = answers_of(engine(folder, **ON_CARDS), requests())
+    with host_process(CUDA_VISIBLE_DEVICES="1") as (_, address):
+        loaded = engine(folder, tp=2, rank_hosts=(address,), **ON_CARDS)
+        check_equal(alone, answers_of(loaded, requests()), decoder_of(folder), PROMPTS)
 
 
 # ---------------------------------------------------------------------- what is refused
@@ -162,10 +176,7 @@ def test_a_key_that_is_not_the_host_s(
 def test_a_model_that_is_not_on_the_host(folder: Path, tmp_path: Path, listening: RankHost) -> None:
     """Nor another one at its place: they would answer together what neither would."""
     copy = shutil.copytree(folder, tmp_path / "copy")
-    loaded = lambda: engine(copy, tp=2, rank_hosts=(listening.address,))  # noqa: E731
     said = f"rank 1 of 2, on {listening.address}, cannot start: "
-    from lmtool.engine import ranks
-
     moved = tmp_path / "moved"
     digest = ranks.model_digest
 
@@ -177,12 +188,12 @@ def test_a_model_that_is_not_on_the_host(folder: Path, tmp_path: Path, listening
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranks, "model_digest", moving)
         with pytest.raises(CheckpointError, match=f"{said}there is no {copy}; every machine reads its own copy"):
-            loaded()
+            engine(copy, tp=2, rank_hosts=(listening.address,))
     moved.rename(copy)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranks, "model_digest", lambda path: "0" * 64)
         with pytest.raises(CheckpointError, match=f"{said}{copy} is another model, or another copy"):
-            loaded()
+            engine(copy, tp=2, rank_hosts=(listening.address,))
 
 
 @contextlib.contextmanager
@@ -274,7 +285,9 @@ def machines() -> Iterator[tuple[str, str]]:
 
 
 ENGINE = """
-import json, sys, time
+import json
+import sys
+import time
 from pathlib import Path
 from lmtool.config import EngineConfig
 from lmtool.engine.setup import load_engine
