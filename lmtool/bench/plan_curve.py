@@ -149,9 +149,7 @@ def steady(name: str, outcomes: Sequence[Outcome], concurrency: int) -> dict[str
         )
     prompts = [one.num_prompt_tokens for one in outcomes if one.num_prompt_tokens is not None]
     if len(prompts) < len(outcomes):
-        raise LmtoolError(
-            f"{name}: the server counts no tokens (usage)", "measure one that does, as lmtool's"
-        )
+        raise LmtoolError(f"{name}: the server counts no tokens (usage)", "measure one that does, as lmtool's")
     begin_s = sorted(one.text_s[-1] for one in outcomes)[concurrency - 1]
     end_s = max(one.sent_s for one in outcomes)
     if not begin_s < end_s:
