@@ -196,6 +196,7 @@ def test_what_is_wrong_is_said_before_ray_is_started(tmp_path: Path) -> None:
     assert "give one of the two" in refusal()
     assert "give one of the two" in refusal("--model", "a", "--config", "x.toml")
     assert "replicas is 0" in refusal("--model", "a,replicas=0")
+    assert "give one of prefix, least-queued, random" in refusal("--model", "a", "--routing", "by-name")
     assert "cannot be read" in refusal("--config", str(tmp_path / "none.toml"))
 
 
