@@ -108,16 +108,15 @@ class RankExecutor(LocalExecutor):
         try:
             pending = super().launch(batch)
         except Exception:
-            if self._ranks.failed_together(number):
-                self._ranks.forget(number)
+            if self._ranks.watch.failed_together(number):
                 raise
-            self._ranks.check()
+            self._ranks.watch.check()
             raise RanksLost("a step failed on some ranks and not on others", "start the engine again") from None
-        self._ranks.launched(number)
+        self._ranks.watch.launched(number)
         return _OfAll(pending, self._ranks)
 
     def check(self) -> None:
-        self._ranks.check()
+        self._ranks.watch.check()
 
     def close(self) -> None:
         super().close()
@@ -132,7 +131,7 @@ class _OfAll:
         try:
             output = self._pending.read()
         except Exception:
-            self._ranks.check()
+            self._ranks.watch.check()
             raise
-        self._ranks.check()  # what came from a step that waited for a lost rank is nothing
+        self._ranks.watch.check()  # what came from a step that waited for a lost rank is nothing
         return output

@@ -12,6 +12,7 @@ import msgspec
 from lmtool.child import module_command, module_environment
 from lmtool.engine.frames import Frames
 from lmtool.engine.rank_wire import FromRank, RankOrders
+from lmtool.errors import RanksLost
 
 _WEIGHTS = (".safetensors", ".gguf")
 
@@ -59,6 +60,10 @@ class RankHandle:
     def pid(self) -> int | None:
         """None where it is another machine's."""
         return self._process.pid if self._process is not None else None
+
+    def ended(self) -> RanksLost:
+        where = "see what it said before" if self.pid is not None else "see what `lmtool serve ranks` said there"
+        return RanksLost(f"{self.name} has ended", where)
 
     def hang_up(self) -> None:
         """It is to end; when it has, so has the connection."""

@@ -147,7 +147,7 @@ def ranks_of(
     except Exception as error:
         try:
             if not isinstance(error, InputError):
-                ranks.explain()  # why one of them is not there is why this failed
+                ranks.watch.explain()  # why one of them is not there is why this failed
         finally:
             ranks.close()
         raise
@@ -185,7 +185,7 @@ def build_core(
     device = decoder.device
     runner, plan, host = build_runner(decoder, config, progress, compiling)
     if ranks is not None:
-        ranks.wait_until_ready()
+        ranks.watch.wait_until_ready()
     on_gpu = device.type == "cuda"
     blocks = BlockManager(
         plan.num_blocks,

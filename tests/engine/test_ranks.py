@@ -135,7 +135,7 @@ def test_a_rank_that_dies_is_a_clear_error_and_never_a_hang(tmp_path: Path) -> N
     running, waiting = AsyncEngine(loaded.core), Waiting()
     running.submit(request(100, [1, 2, 3], max_new_tokens=900), waiting)
     assert waiting.begun.wait(60)
-    os.kill(ranks._handles[0].pid, signal.SIGKILL)
+    os.kill(ranks.watch.handles[0].pid, signal.SIGKILL)
     assert waiting.over.wait(60), "nobody was told"
     assert "rank 1 of 2 has ended" in str(waiting.outputs[-1].error)
     with pytest.raises(Exception, match="rank 1 of 2 has ended"):
@@ -231,7 +231,7 @@ def test_a_card_whose_process_dies_is_no_hang(tmp_path: Path) -> None:
     running, waiting = AsyncEngine(loaded.core), Waiting()
     running.submit(request(0, [1, 2, 3], max_new_tokens=80_000), waiting)
     assert waiting.begun.wait(60)
-    os.kill(ranks._handles[0].pid, signal.SIGKILL)
+    os.kill(ranks.watch.handles[0].pid, signal.SIGKILL)
     assert waiting.over.wait(60), "nobody was told"
     assert "rank 1 of 2 has ended" in str(waiting.outputs[-1].error)
     running.close()
