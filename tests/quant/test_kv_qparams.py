@@ -151,7 +151,9 @@ def test_other_ranks_damage_and_absence_are_refused(here: Path) -> None:
     with pytest.raises(ConfigError, match="brings no parameters for it; write them into a workspace"):
         open_decoder(workspace, config)
     assert lmtool(f"{QPARAMS} --num_tp 2") == 0
-    with pytest.raises(ConfigError, match="are for --tp 2, this engine has --tp 1; make them again: lmtool lite kv_qparams --num-tp 1"):
+    with pytest.raises(
+        ConfigError, match="are for --tp 2, this engine has --tp 1; make them again: lmtool lite kv_qparams --num-tp 1"
+    ):
         open_decoder(workspace, config)
     (workspace / KV_FILE).write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match=r"kv_cache\.safetensors cannot be read"):
