@@ -19,7 +19,7 @@ from tests.server import process
 from tests.server.process import LMTOOL, TIMEOUT_S, Process
 
 SMALL = "cpus=0.1,device=cpu,dtype=float32,cache-gb=0.05"
-PROMPT = {"prompt": "The lighthouse", "temperature": 0, "max_tokens": 60, "ignore_eos": True}
+PROMPT = {"prompt": "The lighthouse", "temperature": 0, "max_tokens": 40, "ignore_eos": True}
 KEY = {"Authorization": "Bearer secret"}
 until = partial(process.until, every_s=0.4)  # what it looks at costs what is waited for
 
@@ -65,7 +65,7 @@ class Load:
     With a little rest between two requests: on two cores whatever they take is missing where replicas start.
     """
 
-    NUM, REST_S = 4, 0.1
+    NUM, REST_S = 4, 0.4
 
     def __init__(self, proxy: Proxy, models: str = "ab") -> None:
         self._proxy, self._models = proxy, models

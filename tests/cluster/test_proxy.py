@@ -1,4 +1,6 @@
-"""`lmtool serve proxy` as users start it: a Ray of its own on the CPU, two tiny models with two replicas each."""
+"""`lmtool serve proxy` as users start it: a Ray of its own on the CPU, two tiny models with two replicas each. The
+second one's second comes when the load asks for it, and goes when it does not any more.
+"""
 
 import os
 import re
@@ -25,9 +27,11 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     folder = tmp_path_factory.mktemp("models")
     a, b = tiny_folder(folder / "a"), tiny_folder(folder / "b", "Qwen2ForCausalLM")
     config = folder / "models.toml"
-    rows = [f'[[models]]\nmodel = "{path}"\nreplicas = 2\n' for path in (a, b)]
     small = 'cpus = 0.1\ndevice = "cpu"\ndtype = "float32"\ncache-gb = 0.05\n'
-    config.write_text(small.join([*rows, ""]))
+    config.write_text(
+        f'[[models]]\nmodel = "{a}"\nreplicas = 2\n{small}[[models]]\nmodel = "{b}"\n{small}'
+        "min-replicas = 1\nmax-replicas = 2\nscale-up-delay = 0\ntarget-requests = 100\n"
+    )
     with Proxy("--config", str(config)) as server:
         server.config = config
         yield server
@@ -81,6 +85,37 @@ def _target(path: Path) -> str:
         return ""
 
 
+def actors(proxy: Proxy, model: str) -> set[int]:
+    words = processes(proxy.process.pid)
+    return {pid for pid, line in words.items() if line.startswith(f"ray::ServeReplica:lmtool-{model}:")}
+
+
+def reread(proxy: Proxy, *tables: str, says: str) -> None:
+    proxy.config.write_text("".join(f"[[models]]\n{table}" for table in tables))
+    before = len(proxy.said)
+    proxy.process.send_signal(signal.SIGHUP)
+    until(lambda: any(says in line for line in proxy.said[before:]))
+
+
+def tables(proxy: Proxy) -> list[str]:
+    return proxy.config.read_text().split("[[models]]\n")[1:]
+
+
+def test_a_load_that_asks_for_more_replicas_gets_them(proxy: Proxy) -> None:
+    a, b = tables(proxy)
+    [first] = actors(proxy, "b")
+    with Load(proxy, "b") as load:
+        reread(
+            proxy,
+            a,
+            b.replace("target-requests = 100", "target-requests = 0.1"),
+            says="replacing or scaling replicas of b",
+        )
+        until(lambda: proxy.has_replicas(a=2, b=2))
+    assert {end for _, end in load.ends} == {"whole"}
+    assert first in actors(proxy, "b")
+
+
 def test_a_killed_engine_costs_only_what_was_streaming_there(proxy: Proxy) -> None:
     def engines() -> set[int]:
         words = processes(proxy.process.pid)
@@ -98,11 +133,6 @@ def test_a_killed_engine_costs_only_what_was_streaming_there(proxy: Proxy) -> No
         assert load.num("b") > seen[1]
     assert len(engines() - before) == 1  # a new one, by itself
     load.check()
-
-
-def actors(proxy: Proxy, model: str) -> set[int]:
-    words = processes(proxy.process.pid)
-    return {pid for pid, line in words.items() if line.startswith(f"ray::ServeReplica:lmtool-{model}:")}
 
 
 def test_a_killed_replica_costs_only_what_was_streaming_there_and_another_takes_its_place(proxy: Proxy) -> None:
@@ -124,47 +154,28 @@ def test_a_killed_replica_costs_only_what_was_streaming_there_and_another_takes_
     )
 
 
-def reread(proxy: Proxy, *tables: str, says: str) -> None:
-    proxy.config.write_text("".join(f"[[models]]\n{table}" for table in tables))
-    before = len(proxy.said)
-    proxy.process.send_signal(signal.SIGHUP)
-    until(lambda: any(says in line for line in proxy.said[before:]))
-
-
 def test_models_change_come_and_go_without_a_lost_request(proxy: Proxy) -> None:
     def names() -> dict[str, int]:
         with proxy.client(headers=KEY) as client:
             return {one["id"]: one["max_model_len"] for one in client.get("/v1/models").json()["data"]}
 
-    a, b = proxy.config.read_text().split("[[models]]\n")[1:]
-    c = b.replace("replicas = 2", "replicas = 1") + 'name = "c"\n'
+    a, b = tables(proxy)
+    c = a.replace("replicas = 2", "replicas = 1") + 'name = "c"\n'
     before = actors(proxy, "a"), actors(proxy, "b")
     reread(proxy, a, b + "replicas = 3", says="nothing was changed: --config")
     with Load(proxy) as load:
         reread(proxy, a, b + "session-len = 100\n", c, says="starting of c; replacing or scaling replicas of b")
-        until(lambda: proxy.has_replicas(a=2, b=2, c=1))
+        until(lambda: not actors(proxy, "b") & before[1] and proxy.has_replicas(a=2, b=2, c=1))
         until(lambda: names() == {"a": 128, "b": 100, "c": 128})
-        assert not actors(proxy, "b") & before[1]
-        reread(proxy, a, b + "session-len = 100\n", says="ending of c")
+        after = actors(proxy, "b")
+        idle = b.replace("target-requests = 0.1", "target-requests = 100\nscale-down-delay = 0")
+        reread(proxy, a, idle + "session-len = 100\n", says="replacing or scaling replicas of b; ending of c")
         until(lambda: not actors(proxy, "c"))
         assert list(names()) == ["a", "b"]
+        until(lambda: len(actors(proxy, "b")) == 1 and proxy.has_replicas(a=2, b=1))
+        assert actors(proxy, "b") < after  # of which one stayed
     assert {end for _, end in load.ends} == {"whole"}
     assert actors(proxy, "a") == before[0]
-
-
-def test_replicas_follow_the_load_without_a_lost_request(proxy: Proxy) -> None:
-    a, b = proxy.config.read_text().split("[[models]]\n")[1:]
-    free = b.replace("replicas = 2", "min-replicas = 1\nmax-replicas = 2\nscale-up-delay = 0\nscale-down-delay = 0")
-    before = actors(proxy, "b")
-    with Load(proxy, "b") as load:
-        reread(proxy, a, free + "target-requests = 100\n", says="replacing or scaling replicas of b")
-        until(lambda: len(actors(proxy, "b")) == 1 and proxy.has_replicas(b=1))
-        [left] = actors(proxy, "b")
-        assert left in before
-        reread(proxy, a, free + "target-requests = 0.5\n", says="replacing or scaling replicas of b")
-        until(lambda: proxy.has_replicas(a=2, b=2))
-        assert left in actors(proxy, "b")
-    assert {end for _, end in load.ends} == {"whole"}
 
 
 def test_at_its_end_answers_are_finished_and_nothing_is_left(proxy: Proxy) -> None:
