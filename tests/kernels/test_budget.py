@@ -1,4 +1,5 @@
-"""What a kernel may cost on Hopper, read from the code the installed Triton makes for it: no card is asked.
+"""Every kernel compiles for every supported card, and what it costs on Hopper, read from the code that the installed
+Triton makes: no card is asked. One file, because each process that looks reads all of it again.
 
 A budget is what was measured (docs/log.md) and a tenth: it is there to notice a change, not to be reached.
 """
@@ -7,10 +8,49 @@ import pytest
 
 from tests.kernels.support import HOPPER, compiled
 
+KERNELS = {
+    "_choose_kernel",
+    "_decode_kernel",
+    "_expand_kernel",
+    "_gather_kernel",
+    "_narrow_kernel",
+    "_mask_kernel",
+    "_penalize_kernel",
+    "_plan_kernel",
+    "_prefill_kernel",
+    "_rms_norm_kernel",
+    "_rope_store_kernel",
+    "_row_kernel",
+    "_scan_kernel",
+    "_silu_mul_kernel",
+    "_tile_kernel",
+    "few_rows_kernel",
+    "kv_copy_kernel",
+    "kv_decode_kernel",
+    "kv_store_kernel",
+    "sort_x_kernel",
+    "wide_hopper_kernel",
+    "wide_kernel",
+}
+HOPPER_ONLY = {"wide_hopper_kernel"}
+# they are for an instruction that came with 8.0
+NOT_ON_TURING = {"few_rows_kernel", "kv_decode_kernel", "sort_x_kernel"}
+# shared memory that one program may have, in KB (CUDA C++ programming guide, compute capabilities)
+SHARED_KB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227}
 # instructions of one thread, summed over threads, for each K or V element of the decode loop, by head dim. At 4.3 TB/s
 # of fp16 a multiprocessor takes 8 elements and issues 128 such instructions a clock: 16 would be the limit.
 # A head dim of 80 is computed as 128.
 INSTRUCTIONS_AN_ELEMENT = {80: 4.4, 128: 3.3, 256: 2.7}
+
+
+@pytest.mark.parametrize("capability", SHARED_KB)
+def test_every_kernel_compiles_and_fits(capability):
+    found = compiled(capability)
+    wanted = KERNELS - NOT_ON_TURING if capability < 80 else KERNELS
+    if capability != HOPPER:
+        wanted = wanted - HOPPER_ONLY
+    assert {kernel["kernel"] for kernel in found} == wanted
+    assert [kernel for kernel in found if kernel["shared"] > SHARED_KB[capability] * 1024] == []
 
 
 @pytest.mark.parametrize(
