@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.kernels.test_compile import KERNELS
+from tests.kernels.test_budget import KERNELS
 
 
 @pytest.fixture(scope="module")
