@@ -17,6 +17,7 @@ from lmtool.cluster.directory import Record
 from lmtool.cluster.figures import Figures
 from lmtool.cluster.fleet import Fleet
 from lmtool.cluster.routing import Prompt, Router, Ticket
+from lmtool.engine.silence import watch
 from lmtool.errors import EngineError
 from lmtool.server.disconnect import ClientGone, until_gone
 from lmtool.server.errors import Refusal, body_of
@@ -24,7 +25,6 @@ from lmtool.server.json_body import Bodies
 from lmtool.server.sse import event
 
 _CONNECT_S = 3.0  # to a machine of the same cluster
-_SILENT_S = 8  # that the machine of a replica may be, of a connection that is in use: what it says nothing to is lost
 _IDLE_S = 30.0  # that a connection is kept: less than the 75 of a replica, who would close it under a request
 _ELSEWHERE = (429, 503)  # another replica may have room, or an engine
 _KEPT = ("content-type", "retry-after", "cache-control", "x-accel-buffering")
@@ -40,14 +40,9 @@ def replica_session() -> aiohttp.ClientSession:
 
 
 def _watched(address: aiohttp.AddrInfoType) -> socket.socket:
-    """Breaks off where the machine at its other end is silent: the kernel asks it, whatever its processes do."""
     family, kind, protocol, _, _ = address
     made = socket.socket(family, kind, protocol)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _SILENT_S // 2)
-    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
-    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _SILENT_S // 2)
-    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _SILENT_S * 1000)
+    watch(made)
     return made
 
 

@@ -16,28 +16,11 @@ class Pending(Protocol):
     def read(self) -> StepOutput: ...
 
 
-class Runner(Protocol):
-    """One rank: `ModelRunner` or `DeviceRunner`.
-
+class _Runs(Protocol):
+    """
     depth   how many steps may be launched and unread when the next one is scheduled
     copy    begin what a batch has of saves and loads, before it is launched. When this raises, none of them goes on
     copied  what came to an end of all that; wait: until the oldest load has, where one is under way
-    await_loads  these are over on the rank that decides: what is launched from now on waits for them
-    """
-
-    @property
-    def depth(self) -> int: ...
-    def copy(self, saves: Sequence[tuple[int, int]], loads: Sequence[Load]) -> None: ...
-    def copied(self, *, wait: bool) -> CopiesDone: ...
-    def await_loads(self, numbers: Sequence[int]) -> None: ...
-    def launch(self, batch: Batch) -> Pending: ...
-    def close(self) -> None: ...
-
-
-class Executor(Protocol):
-    """All ranks; each method as `Runner`'s.
-
-    check   raises RanksLost where one has ended, also while nothing is launched
     """
 
     @property
@@ -45,8 +28,23 @@ class Executor(Protocol):
     def copy(self, saves: Sequence[tuple[int, int]], loads: Sequence[Load]) -> None: ...
     def copied(self, *, wait: bool) -> CopiesDone: ...
     def launch(self, batch: Batch) -> Pending: ...
-    def check(self) -> None: ...
     def close(self) -> None: ...
+
+
+class Runner(_Runs, Protocol):
+    """One rank: `ModelRunner` or `DeviceRunner`."""
+
+    def await_loads(self, numbers: Sequence[int]) -> None:
+        """These are over on the rank that decides: what is launched from now on waits for them."""
+        ...
+
+
+class Executor(_Runs, Protocol):
+    """All ranks."""
+
+    def check(self) -> None:
+        """Raises RanksLost where one has ended, also while nothing is launched."""
+        ...
 
 
 class LocalExecutor:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed
 from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from lmtool.engine.rank_key import SILENT_S, watch
+from lmtool.engine.silence import SILENT_S, watch
 from lmtool.errors import ConfigError, DeviceError
 from lmtool.layers.group import TorchGroup
 

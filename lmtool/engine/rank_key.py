@@ -16,6 +16,7 @@ import msgspec
 from lmtool import __version__
 from lmtool.config import split_address
 from lmtool.engine.frames import Frames
+from lmtool.engine.silence import watch
 from lmtool.errors import ConfigError, LmtoolError
 
 KEY = "LMTOOL_RANKS_KEY"
@@ -23,8 +24,6 @@ _LEAST_KEY = 16
 _NUMBER_BYTES = 32
 _HELLO_S = 10.0  # for what is said before anything is started
 _HELLO_BYTES = 1 << 12
-_IDLE_S, _PROBE_S = 2, 2  # so long nothing, then are you there?, and so long until the next time
-SILENT_S = 8  # a machine that says nothing for so long is not there any more
 
 
 class Hello(msgspec.Struct, tag=True, frozen=True):
@@ -63,15 +62,6 @@ def checked_key(text: str | None) -> bytes:
 def versions() -> dict[str, str]:
     """What must be the same on all machines."""
     return {"lmtool": __version__, "torch": version("torch").partition("+")[0]}
-
-
-def watch(connection: socket.socket, silent_s: int = SILENT_S) -> None:
-    """Have the kernel end a TCP connection to a machine that is silent for so long, whoever was to speak."""
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _IDLE_S)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _PROBE_S)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, -(-silent_s // _PROBE_S))
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * silent_s)
 
 
 # ------------------------------------------------------------------ the engine's side

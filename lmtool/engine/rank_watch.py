@@ -12,9 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 from lmtool.engine.rank_group import leave_group
-from lmtool.engine.rank_key import SILENT_S
 from lmtool.engine.rank_start import RankHandle
 from lmtool.engine.rank_wire import Arrived, Failed, Refused
+from lmtool.engine.silence import SILENT_S
 from lmtool.errors import BY_NAME, EngineError, LmtoolError, RanksLost
 from lmtool.layers.group import TorchGroup
 
