@@ -2,8 +2,10 @@
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
-# processes that run the tests; torch's own threads would only be in their way
+# processes that run the tests; torch's own threads would only be in their way, and so would be compiling lmtool anew in
+# each process that a test starts
 JOBS   ?= 2
+TESTS  := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 # where torch comes from, when not from pip's usual place; for a machine without an NVIDIA GPU:
 #   make chat TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
@@ -21,10 +23,10 @@ chat: $(VENV)/.chat ## talk to a real model, SmolLM2-135M-Instruct (ARGS="--syst
 	@$(BIN)/lmtool chat $(ARGS)
 
 test: $(VENV)/.dev ## run the tests (ARGS="tests/engine -k prefix" picks some)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	@$(TESTS) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 soak: $(VENV)/.dev ## 2,000 requests of all kinds of clients at a server of SmolLM2 (ARGS=200 for fewer)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.server.soak $(ARGS)
+	@$(TESTS) $(BIN)/python -m tests.server.soak $(ARGS)
 
 gpu-test: ## run the tests marked gpu, with the python at hand, on a machine with an NVIDIA GPU
 	TRITON_INTERPRET=0 $(PYTHON) -m pytest -m gpu $(ARGS)

@@ -17,7 +17,7 @@ from lmtool.bench.offline import drive, free, greedy_requests
 from lmtool.bench.shapes import find_shape
 from lmtool.bench.workloads import Workload
 from lmtool.config import EngineConfig
-from lmtool.engine import device_runner
+from lmtool.engine import launched
 from lmtool.engine.device_runner import DeviceRunner
 from lmtool.engine.setup import LoadedEngine, load_random
 
@@ -47,16 +47,16 @@ class WaitClock:
 
     def __init__(self) -> None:
         self.waited_s = 0.0
-        read = device_runner._Launched.read
+        read = launched.Launched.read
 
-        def timed(launched: device_runner._Launched) -> object:
+        def timed(step: launched.Launched) -> object:
             started = time.perf_counter()
-            if launched.arrived is not None:
-                launched.arrived.synchronize()
+            if step.arrived is not None:
+                step.arrived.synchronize()
             self.waited_s += time.perf_counter() - started
-            return read(launched)
+            return read(step)
 
-        device_runner._Launched.read = timed  # type: ignore[method-assign,assignment]
+        launched.Launched.read = timed  # type: ignore[method-assign,assignment]
 
 
 def run(loaded: LoadedEngine, workload: Workload, seed: int) -> float:

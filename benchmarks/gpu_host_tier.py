@@ -181,7 +181,7 @@ def main() -> None:
     longest = arguments.tokens + 2 * (TURN + ANSWER) + 200
     blocks_each = -(-longest // BLOCK_SIZE) + 1
     scheme = {"int8": "int8", "int4": "int4", "k8v4": "k8v4"}.get(arguments.kv_dtype)
-    each_gb = blocks_each * block_bytes(model, dtype, scheme) / _GIB  # type: ignore[arg-type]
+    each_gb = blocks_each * block_bytes(model, dtype, scheme) / _GIB
     count = arguments.conversations
     general = {
         "device": arguments.device,

@@ -277,7 +277,7 @@ def engine_runs(
     settings = {"dtype": str(dtype).removeprefix("torch."), "device": device.type, "max_batch_size": 64, **cache}
     loaded = load_engine(folder, EngineConfig(max_batched_tokens=budget, **settings))
     print(f"engine, at most {budget} tokens a step: {loaded.described(given.backbone)}", flush=True)
-    tower = loaded.core._executor._runner.decoder.vision
+    tower = loaded.core._executor._runner.decoder.vision  # type: ignore[attr-defined]
     if budget == given.batched_tokens[0]:
         encode_times(tower, shown[0], device)
     best = float("inf")

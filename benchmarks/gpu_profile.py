@@ -1,6 +1,6 @@
 """Where a GPU's time goes in the engine: how much of it is idle, and which kernels take the rest.
 
-python -m benchmarks.gpu_profile [--shapes internlm2-1_8b llama3-8b] [--top 8]
+python -m benchmarks.gpu_profile [--shapes internlm2-1_8b llama3-8b] [--top 8] [--tp 2]
 Random weights. 'idle' is the share of the time between the first kernel's start and the last one's end in which no
 kernel and no copy runs; a kernel that waits for the one before it (dependent launch) counts as running.
 """
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu_engine import SESSION_LEN
@@ -40,7 +41,7 @@ def on_gpu(work: Callable[[], object]) -> Busy:
         torch.cuda.synchronize()
     intervals, kernels = [], defaultdict(lambda: (0, 0))
     for event in recorded.profiler.kineto_results.events():
-        if event.device_type() == torch.autograd.DeviceType.CUDA and event.duration_ns() > 0:
+        if event.device_type() == DeviceType.CUDA and event.duration_ns() > 0:
             start, duration = event.start_ns(), event.duration_ns()
             intervals.append((start, start + duration))
             total, calls = kernels[event.name()]
@@ -78,9 +79,12 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["internlm2-1_8b", "llama3-8b"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16, 256])
     parser.add_argument("--top", type=int, default=8)
+    parser.add_argument("--tp", type=int, default=1, help="what the first of so many cards does")
     arguments = parser.parse_args()
     for shape in arguments.shapes:
-        config = EngineConfig(device="cuda", dtype="float16", session_len=SESSION_LEN[shape], prefix_caching=False)
+        config = EngineConfig(
+            device="cuda", dtype="float16", session_len=SESSION_LEN[shape], prefix_caching=False, tp=arguments.tp
+        )
         loaded = load_random(find_shape(shape), config)
         core, vocab_size = loaded.core, loaded.model.vocab_size
 

@@ -4,7 +4,6 @@ python -m benchmarks.gpu_ranks [--tp 2] [--shape llama3-8b] [--w-group-size 128]
 """
 
 import argparse
-import gc
 import os
 import statistics
 import subprocess
@@ -24,7 +23,7 @@ from lmtool.config import EngineConfig
 from lmtool.engine.rank_group import join_group
 from lmtool.engine.setup import load_random
 
-SIZES = (8 << 10, 64 << 10, 512 << 10, 4 << 20, 64 << 20)
+SIZES = (8 << 10, 64 << 10, 512 << 10, 2 << 20, 4 << 20, 16 << 20, 64 << 20)
 LAPS = 50
 
 
@@ -35,34 +34,16 @@ def reduce_times(rank: int, size: int, store: Path) -> None:
     torch.cuda.set_device(device)
     group = join_group(store, rank, size, device)
     for num_bytes in SIZES:
-        values = torch.ones(num_bytes // 2, dtype=torch.float16, device=device)
-        found = {"nccl": captured_us(lambda values=values: group.all_reduce_(values))}
-        if num_bytes <= 4 << 20:
-            for name, work in symmetric(values).items():
-                try:
-                    found[name] = captured_us(work)
-                except Exception as error:
-                    found[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+        hidden = torch.zeros(num_bytes // 2, dtype=torch.float16, device=device)
+        part = torch.ones_like(hidden)
+        found = {
+            "nccl": captured_us(lambda part=part: group.all_reduce_(part)),
+            "hidden += by the group": captured_us(lambda hidden=hidden, part=part: group.add_all_reduce_(hidden, part)),
+        }
         if rank == 0:
             print(f"  all-reduce of {num_bytes >> 10} KiB among {size}, us:", found, flush=True)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-
-
-def symmetric(values: torch.Tensor) -> dict[str, Any]:
-    """Over memory that all ranks see."""
-    import torch.distributed._symmetric_memory as symm
-
-    name = torch.distributed.group.WORLD.group_name
-    buffer = symm.empty(values.numel(), dtype=values.dtype, device=values.device)
-    symm.rendezvous(buffer, group=name)
-    buffer.fill_(1)
-    ops = torch.ops.symm_mem
-    return {
-        "one-shot": lambda: ops.one_shot_all_reduce(buffer, "sum", name),
-        "two-shot": lambda: ops.two_shot_all_reduce_(buffer, "sum", name),
-        "copy + one-shot": lambda: values.copy_(ops.one_shot_all_reduce(buffer.copy_(values), "sum", name)),
-    }
 
 
 def captured_us(work: Any) -> float:
@@ -120,7 +101,6 @@ def engine_runs(given: argparse.Namespace, tp: int) -> dict[str, float]:
             began = time.perf_counter()
             drive(loaded.core, requests)
             found[f"{given.mix} req/s"] = len(sizes) / (time.perf_counter() - began)
-    gc.collect()
     free(loaded)
     print(f"  tp {tp}:", {name: round(value, 2) for name, value in found.items()}, flush=True)
     return found

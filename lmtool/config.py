@@ -23,12 +23,14 @@ MAX_LOGPROBS = 20
 LOOPBACK = ("127.0.0.1", "::1", "localhost")  # hosts that only this machine reaches
 
 
-def split_address(address: str) -> tuple[str, int]:
-    """Of HOST:PORT or [IPV6]:PORT. Raises ConfigError for anything else."""
+def split_address(
+    address: str, flag: str = "--rank-hosts", wanted: str = "HOST:PORT, as `lmtool serve ranks` says it"
+) -> tuple[str, int]:
+    """Of HOST:PORT or [IPV6]:PORT. flag, wanted: for people. Raises ConfigError for anything else."""
     host, _, port = address.rpartition(":")
     bare = host.removeprefix("[").removesuffix("]")
     if not bare or (":" in bare) != (host != bare) or not port.isdecimal() or not 0 < int(port) < 1 << 16:
-        raise ConfigError(f"--rank-hosts: {address!r} is no address", "give HOST:PORT, as `lmtool serve ranks` says it")
+        raise ConfigError(f"{flag}: {address!r} is no address", f"give {wanted}")
     return bare, int(port)
 
 

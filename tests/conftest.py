@@ -1,8 +1,12 @@
 """For every test: kernels are interpreted unless TRITON_INTERPRET=0, one seed; without a GPU, no `gpu` tests."""
 
 import os
+import signal
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# a shell ignores it in what it does not wait for, and so would all children
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from collections.abc import Callable
 from typing import Any
@@ -10,10 +14,31 @@ from typing import Any
 import pytest
 import torch
 
+if os.environ["TRITON_INTERPRET"] == "1":
+    from tests.interpreter import patch_once_a_launch
+
+    patch_once_a_launch()
+
 _SEED = 20261121
 
 
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Files that start a Ray one after the other: two at once are more processes than two cores can carry."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "tests/cluster" if nodeid.startswith("tests/cluster/") else str(super()._split_scope(nodeid))
+
+    return Scheduling(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # files that take long first: the last one that is begun is what one process does while the others have ended
+    slow = {item.path for item in items if "slow" in item.keywords}
+    items.sort(key=lambda item: item.path not in slow)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU")

@@ -16,7 +16,7 @@ from lmtool.bench.checks import TOLERANCE, relative_error
 from lmtool.bench.kernel_cases import GROUPS, cases
 from lmtool.bench.kernel_maker import Arguments, Case, Maker
 from lmtool.bench.report import Report, make_console, make_report, show
-from lmtool.bench.shapes import find_shape
+from lmtool.bench.shapes import part_of
 from lmtool.engine.device import choose_device, choose_dtype, free_bytes
 from lmtool.errors import ConfigError, KernelError, MemoryShortError
 
@@ -28,9 +28,13 @@ _NEAR_TIES = 64  # one sampled row in so many may fall on the other side of a ti
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelPlan:
-    """What to time. shape None: by the device. Raises ConfigError, which names the flag."""
+    """What to time. shape None: by the device; tp: in the sizes of one of so many ranks.
+
+    Raises ConfigError, which names the flag.
+    """
 
     shape: str | None = None
+    tp: int = 1
     rows: tuple[int, ...] = (1, 8, 16, 64, 256)
     only: tuple[str, ...] | None = None
     context: int = 1024
@@ -53,7 +57,7 @@ def run_kernels(plan: KernelPlan, *, json_file: str | None = None, png: Path | N
     outputs.check(json_file, png)
     device = choose_device(plan.device)
     shape = plan.shape or _SHAPES[device.type]
-    model = find_shape(shape)
+    model = part_of(shape, plan.tp)
     dtype = choose_dtype(plan.dtype, model, device)
     maker = Maker(model, dtype, device, plan.context)
     wanted = [case for case in cases(maker, plan.rows) if plan.only is None or case.group in plan.only]

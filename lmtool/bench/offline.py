@@ -3,6 +3,7 @@
 Knows no other engine; `compare` sets one beside it.
 """
 
+import gc
 import statistics
 import time
 from collections.abc import Sequence
@@ -234,5 +235,6 @@ def _metrics(runs: Sequence[Run], limits: dict[str, float]) -> dict[str, Metric]
 def free(loaded: LoadedEngine) -> None:
     """Let go of weights and cache."""
     loaded.core.close()
+    gc.collect()  # captured steps and what they use hold each other
     if loaded.device.type == "cuda":
         torch.cuda.empty_cache()

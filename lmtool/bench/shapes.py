@@ -10,6 +10,7 @@ from typing import Any
 
 from lmtool.errors import ConfigError
 from lmtool.models.config import ModelConfig, RopeConfig
+from lmtool.models.shard import Shard
 
 
 def _shape(
@@ -54,6 +55,11 @@ def find_shape(name: str) -> ModelConfig:
         hint = f"did you mean {near[0]}? " if near else ""
         raise ConfigError(f"--shape {name!r} is not known", f"{hint}there are {', '.join(SHAPES)}")
     return SHAPES[name]
+
+
+def part_of(name: str, tp: int) -> ModelConfig:
+    """What one of ``tp`` ranks has of the shape of this name. Raises ConfigError where it cannot be shared out so."""
+    return Shard(0, tp).local(find_shape(name))
 
 
 # ---------------------------------------------------------------------- the matrices of a decoder

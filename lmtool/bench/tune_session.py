@@ -11,7 +11,7 @@ import torch
 from lmtool.bench import candidates, limits, outputs, tables
 from lmtool.bench.candidates import BUCKETS
 from lmtool.bench.report import Report, make_console, make_report
-from lmtool.bench.shapes import all_products, find_shape
+from lmtool.bench.shapes import all_products, part_of
 from lmtool.engine.device import choose_device, choose_dtype
 from lmtool.errors import ConfigError, DeviceError
 from lmtool.kernels.triton import tables as tuning_tables
@@ -25,6 +25,7 @@ def run_tune(
     shapes: Sequence[str],
     rows: Sequence[int],
     *,
+    tp: int = 1,
     dtype: str = "auto",
     device: str = "auto",
     file: Path | None = None,
@@ -35,7 +36,7 @@ def run_tune(
     Raises ConfigError for what cannot be tuned, DeviceError without a card, KernelError where nothing gives the right
     result. Interrupted or failed, it writes nothing.
     """
-    models = [find_shape(name) for name in shapes]
+    models = [part_of(name, tp) for name in shapes]
     buckets = _buckets(rows)
     outputs.check(json_file, None)
     found_device = choose_device(device)
@@ -53,7 +54,7 @@ def run_tune(
     started = time.perf_counter()
     tuned = _search(models, buckets, weights, found_device, measured)
     entries = _entries(tuned, capability)
-    report = _report(shapes, rows, weights, measured, tuned)
+    report = _report(shapes, {"rows": list(rows), "tp": tp}, weights, measured, tuned)
     about = {"device": measured.device, "commit": report.commit or "unknown"}
     about |= {name: version for name, version in report.versions.items() if name in ("torch", "triton")}
     # the newer of two entries for the same is the one that is kept
@@ -119,10 +120,14 @@ def _entries(tuned: Sequence["Tuned"], capability: int) -> list[tuning_tables.En
 
 
 def _report(
-    shapes: Sequence[str], rows: Sequence[int], dtype: torch.dtype, measured: limits.Limits, tuned: Sequence["Tuned"]
+    shapes: Sequence[str],
+    settings: dict[str, Any],
+    dtype: torch.dtype,
+    measured: limits.Limits,
+    tuned: Sequence["Tuned"],
 ) -> Report:
     weights = str(dtype).removeprefix("torch.")
-    report = make_report(",".join(shapes), weights, measured, {"rows": list(rows)})
+    report = make_report(",".join(shapes), weights, measured, settings)
     results = [_result(one, measured) for one in tuned]
     return dataclasses.replace(report, results=results)
 

@@ -13,6 +13,7 @@ Shapes = Annotated[
     str | None,
     typer.Option("--shape", help="Sizes of this model: llama3-8b, internlm2-1_8b, …; several by commas with --tune."),
 ]
+Tp = Annotated[int, typer.Option(min=1, help="In the sizes of one of so many ranks' part.")]
 Rows = Annotated[str | None, typer.Option(help="Rows (tokens, sequences) of each op, by commas.")]
 Only = Annotated[str | None, typer.Option(help="Only linear, w4, norm, rope, attention, sample or step; by commas.")]
 Context = Annotated[int, typer.Option(help="Of attention: tokens behind each row, and of the prompt.")]
@@ -26,6 +27,7 @@ Dtype = Annotated[str, typer.Option(help="auto (the shape's own; float32 on a CP
 def kernels(
     *,
     shape: Shapes = None,
+    tp: Tp = 1,
     rows: Rows = None,
     only: Only = None,
     context: Context = 1024,
@@ -47,7 +49,7 @@ def kernels(
         from lmtool.bench.tune_session import run_tune
 
         names = (shape or "llama3-8b").split(",")
-        run_tune(names, given or (1, 16, 32, 64), dtype=dtype, device=device, file=tune_file, json_file=json)
+        run_tune(names, given or (1, 16, 32, 64), tp=tp, dtype=dtype, device=device, file=tune_file, json_file=json)
         return
     if tune_file is not None:
         raise ConfigError("--tune-file was given without --tune", "add --tune")
@@ -55,6 +57,7 @@ def kernels(
 
     plan = KernelPlan(
         shape=shape,
+        tp=tp,
         rows=given or (1, 8, 16, 64, 256),
         only=None if only is None else tuple(only.split(",")),
         context=context,

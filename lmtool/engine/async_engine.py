@@ -23,8 +23,8 @@ class AsyncEngine:
         self._inbox: deque[tuple[Request, Callback] | Errand | int] = deque()
         self._callbacks: dict[int, Callback] = {}
         self._closing = False
-        self._broken: LmtoolError | None = None
-        self.over = threading.Event()  # closed, or broken: nothing is answered any more
+        self.broken: LmtoolError | None = None  # why nothing is answered any more
+        self.over = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="lmtool-engine", daemon=True)
         self._thread.start()
 
@@ -52,14 +52,14 @@ class AsyncEngine:
 
     def _post_if_open(self, item: Errand | int) -> None:
         with self._wake:
-            if self._broken is None and not self._closing:
+            if self.broken is None and not self._closing:
                 self._inbox.append(item)
                 self._wake.notify()
 
     def _post(self, item: tuple[Request, Callback]) -> None:
         with self._wake:
-            if self._broken is not None:
-                raise EngineError(self._broken.cause, self._broken.fix)  # an exception of its own for each caller
+            if self.broken is not None:
+                raise EngineError(self.broken.cause, self.broken.fix)  # an exception of its own for each caller
             if self._closing:
                 raise EngineError("the engine is closed")
             self._inbox.append(item)
@@ -120,7 +120,7 @@ class AsyncEngine:
 
     def _finish(self, reason: LmtoolError) -> None:
         with self._wake:
-            self._broken = reason
+            self.broken = reason
             for item in self._inbox:
                 if isinstance(item, tuple):
                     self._callbacks[item[0].request_id] = item[1]

@@ -26,7 +26,7 @@ from lmtool.engine.load_weights import (
     weight_bytes,
 )
 from lmtool.errors import ConfigError, MemoryShortError
-from lmtool.layers.group import AloneGroup, Group
+from lmtool.layers.group import Group
 from lmtool.models.config import ModelConfig
 from lmtool.models.decoder import Decoder
 from lmtool.models.loader import in_group, outline_decoder
@@ -88,7 +88,7 @@ def random_part(
         )
     few = replace(local, num_layers=min(2, model.num_layers))
     outline = random_decoder(few, dtype=dtype, device=torch.device("meta"), num_positions=1, group_size=group_size)
-    in_group(outline, model, AloneGroup(group.rank, group.size) if group is not None else None)
+    in_group(outline, model, group.outline() if group is not None else None)
     compiling = compile_steps(outline, config, device)
     with closing(compiling) if compiling else nullcontext():
         num_positions = config.session_len or model.max_positions

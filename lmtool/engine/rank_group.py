@@ -94,7 +94,7 @@ def join_group(
     if address is not None:
         for fd in _connections() - before:
             _watch(fd)
-    return TorchGroup(device)
+    return TorchGroup(device, one_machine=address is None)
 
 
 def device_of(card: int, num_cards: int, first: torch.device, tp: int) -> torch.device:

@@ -14,7 +14,7 @@ from torch import Tensor
 from lmtool.kernels.block_pieces import BlockPieces, block_pieces
 from lmtool.kernels.dispatch import compile_ahead, force, implementation, is_capturable
 from lmtool.kernels.kv_layout import KV_BLOCK, KV_SCHEMES, KvScheme, QuantizedKv, empty_kv, kv_block_bytes
-from lmtool.kernels.layout import DecodePlan, StepRows
+from lmtool.kernels.layout import VECTOR_BYTES, DecodePlan, Peers, StepRows
 from lmtool.kernels.w4_layout import W4_LARGEST_GROUP, W4Tiles, empty_w4, pack_w4, unpack_w4
 
 __all__ = [
@@ -23,10 +23,13 @@ __all__ = [
     "KV_BLOCK",
     "KV_SCHEMES",
     "KvScheme",
+    "Peers",
     "QuantizedKv",
     "StepRows",
+    "VECTOR_BYTES",
     "W4_LARGEST_GROUP",
     "W4Tiles",
+    "add_all_reduce_",
     "add_linear_",
     "add_w4_linear_",
     "advance_",
@@ -94,6 +97,15 @@ def norm_linear_silu(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor)
 def add_linear_(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """residual [T, N] += x [T, K] @ weight [N, K].T (+ bias); the same tensor is returned."""
     return implementation("linear", x.device, x.dtype).add_linear_(residual, x, weight, bias)
+
+
+def add_all_reduce_(hidden: Tensor, part: Tensor, peers: Peers) -> Tensor:
+    """hidden += Σ over ranks of their part, taken in float32 and rounded once; the same tensor is returned.
+
+    Both contiguous, of one shape and dtype, whole vectors of VECTOR_BYTES. All ranks call this with as many values, in
+    the same order.
+    """
+    return implementation("all_reduce", hidden.device, hidden.dtype).add_all_reduce_(hidden, part, peers)
 
 
 def w4_expand(weight: W4Tiles, dtype: torch.dtype) -> Tensor:

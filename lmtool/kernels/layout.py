@@ -78,3 +78,26 @@ class StepRows(NamedTuple):
     def sampling(self) -> tuple[Tensor, ...]:
         """In the order of `sample`'s arguments after the logits."""
         return self[5:]
+
+
+VECTOR_BYTES = 16  # `add_all_reduce_` takes whole ones
+
+
+class Peers(NamedTuple):
+    """Memory of each rank that all ranks of a machine write to, and what a rank counts: for `add_all_reduce_`.
+
+    inboxes [size] int64: address of each rank's memory as this process sees it, 2 · size · most_bytes bytes that are
+    all ones (0xFF) at first; calls [P] int32 zeros: how often each program ran; ended [1] int32: not 0 where nobody is
+    to be waited for any more.
+    """
+
+    rank: int
+    size: int
+    most_bytes: int
+    inboxes: Tensor
+    calls: Tensor
+    ended: Tensor
+
+    def on_meta(self) -> "Peers":
+        """The same for a rehearsal: nothing is there."""
+        return self._replace(inboxes=self.inboxes.to("meta"), calls=self.calls.to("meta"), ended=self.ended.to("meta"))

@@ -112,12 +112,11 @@ class Decoder:
         return self.group.all_reduce_(rows.masked_fill_(~is_own[:, None], 0))
 
     def _add_(self, matrix: Matrix, hidden: Tensor, x: Tensor) -> None:
-        """hidden += the matrix times x, of which each rank has a part; the first one's sum brings what was there."""
-        if self.group is not None and self.group.rank:
-            hidden.zero_()
-        matrix.add_linear_(hidden, x)
-        if self.group is not None:
-            self.group.all_reduce_(hidden)
+        """hidden += the matrix times x, of which each rank has a part."""
+        if self.group is None:
+            matrix.add_linear_(hidden, x)
+        else:
+            self.group.add_all_reduce_(hidden, matrix.linear(x))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, H] → float32 logits [n, V]."""

@@ -9,7 +9,7 @@ import torch
 
 from lmtool.checkpoint.formats import Checkpoint
 from lmtool.checkpoint.staging import Stager
-from lmtool.layers.group import AloneGroup, Group
+from lmtool.layers.group import Group
 from lmtool.models.config import ModelConfig, Reader
 from lmtool.models.decoder import Decoder
 from lmtool.models.registry import family
@@ -72,7 +72,7 @@ def outline_decoder(
     few = replace(config, num_layers=min(num_layers, config.num_layers))
     checkpoint, local = _part(checkpoint, few, names, group)
     decoder = Source(checkpoint, local, names, dtype, meta, keep_int4).decoder(num_positions=1)
-    return in_group(decoder, few, AloneGroup(group.rank, group.size) if group is not None else None)
+    return in_group(decoder, few, group.outline() if group is not None else None)
 
 
 def in_group(decoder: Decoder, whole: ModelConfig, group: Group | None) -> Decoder:

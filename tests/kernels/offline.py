@@ -6,11 +6,8 @@ Runs in a process of its own, without TRITON_INTERPRET (compiling and interpreti
 
 import inspect
 import json
-import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,9 +19,11 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
+from lmtool.kernels import Peers
 from lmtool.kernels.kv_layout import KV_SCHEMES, KvScheme, QuantizedKv, kv_shapes
 from lmtool.kernels.triton import (
     activation,
+    all_reduce,
     attention,
     kv,
     kv_decode,
@@ -40,6 +39,7 @@ from lmtool.kernels.triton import (
     w4_wide_hopper,
 )
 from lmtool.kernels.w4_layout import W4Tiles
+from tests.kernels import sass
 
 _TYPES = {
     torch.float16: "*fp16",
@@ -73,50 +73,6 @@ def compile_for(capability: int, function: JITFunction, args: tuple[Any, ...], k
             signature[name] = "i32" if isinstance(value, int) else "fp32"
     source = (GluonASTSource if function.is_gluon() else ASTSource)(function, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-
-
-def cuobjdump(cubin: bytes, option: str) -> str:
-    """What the toolkit inside the Triton wheel says about a compiled kernel."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
-
-
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers, stack (spills), shared and local memory: bytes, and 32-bit registers a thread."""
-    text = cuobjdump(cubin, "--dump-resource-usage")
-    return {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
-
-
-def instructions(cubin: bytes) -> list[str]:
-    """All of a kernel's, in SASS."""
-    code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", cuobjdump(cubin, "-sass"), re.MULTILINE)
-    return [instruction for instruction in code if not instruction.startswith("NOP")]
-
-
-def product_loop(cubin: bytes) -> list[str]:
-    """The shortest loop that holds tensor-core products, instruction by instruction; [] without such a loop.
-
-    In SASS a loop is a branch to an earlier address: `/*0a30*/ @P0 BRA 0x590`.
-    """
-    code = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", cuobjdump(cubin, "-sass"), re.MULTILINE)
-    addresses = [int(address, 16) for address, _ in code]
-    bodies = []
-    for end, (_, text) in enumerate(code):
-        target = re.search(r"\bBRA\S*\s.*?0x([0-9a-f]+)", text)
-        if target and int(target[1], 16) < addresses[end]:
-            body = [instruction for _, instruction in code[addresses.index(int(target[1], 16)) : end + 1]]
-            if any("MMA" in instruction for instruction in body):
-                bodies.append([instruction for instruction in body if not instruction.startswith("NOP")])
-    return min(bodies, key=len, default=[])
-
-
-def straight(body: list[str]) -> list[str]:
-    """A loop's instructions up to the first branch: what every turn executes, not what some turns do at their end."""
-    branch = next(i for i, instruction in enumerate(body) if re.search(r"\bBRA\b", instruction))
-    return body[:branch]
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
@@ -199,6 +155,10 @@ def launch_kv_decode(dtype: torch.dtype, heads: tuple[int, int, int], scheme: Kv
 def launch_rest(dtype: torch.dtype) -> None:
     norm.rms_norm(meta(32, 4096, dtype=dtype), meta(4096, dtype=dtype), 1e-5)
     activation.silu_mul(meta(32, 8192, dtype=dtype))
+    counts = [meta(4096, dtype=torch.int32), meta(1, dtype=torch.int32)]
+    for size in (2, 4):
+        peers = Peers(0, size, 1 << 20, meta(size, dtype=torch.int64), *counts)
+        all_reduce.add_all_reduce_(meta(32, 8192, dtype=dtype), meta(32, 8192, dtype=dtype), peers)
     cache, qkv, cos_sin = (
         meta(8, 100, 64, 128, dtype=dtype),
         meta(4, 48 * 128, dtype=dtype),
@@ -269,35 +229,61 @@ def launch_main_shapes() -> None:
     launch_kv_decode(torch.bfloat16, (24, 2, 80), "int4")
 
 
+def look_of(kernel: JITFunction, kwargs: dict[str, Any]) -> tuple[tuple[str, ...], Callable[[sass.Code], Any]] | None:
+    """Which settings of a kernel for Hopper are told, and what its instructions are."""
+    if kernel is attention._decode_kernel:
+        return ("D", "BLOCK_T", "num_warps"), lambda code: {"loop": len(sass.product_loop(code))}
+    if kernel is kv_decode.kv_decode_kernel:
+        return ("DIM",), lambda code: counted(sass.product_loop(code))
+    if kernel is w4_few.few_rows_kernel:
+        names = ("VALUES", "GROUPS", "TURNS", "HELD", "NORM", "num_warps")
+        if kwargs["HELD"]:
+            return names, lambda code: counted(sass.instructions(code))
+        return names, lambda code: counted(sass.straight(sass.product_loop(code)))
+    if kernel is w4_wide_hopper.wide_hopper_kernel:
+        return ("BM", "HIGH", "GROUPS", "num_warps"), wide_loop
+    return None
+
+
+def counted(body: list[str]) -> dict[str, int]:
+    return {"loop": len(body), "conversions": sum("I2F" in instruction for instruction in body)}
+
+
+def wide_loop(code: sass.Code) -> dict[str, int]:
+    body = sass.product_loop(code)
+    return {
+        "loop": len(body),
+        "waits": sum("WARPGROUP.DEPBAR" in instruction for instruction in body),
+        "products": sum("HGMMA" in instruction for instruction in body),
+    }
+
+
 def main(capabilities: list[int]) -> None:
+    told: list[dict[str, Any]] = []
+    looks: list[tuple[dict[str, Any], bytes, Callable[[sass.Code], Any]]] = []
+
     def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         compiled = compile_for(capability, self, args, kwargs)
         cubin = compiled.asm["cubin"]
-        found = {"kernel": self.fn.__name__, "capability": capability, **resources(cubin)}
+        found = {"kernel": self.fn.__name__, "capability": capability, **sass.resources(cubin)}
         found["shared"] = compiled.metadata.shared  # bytes; what is in the file leaves out what is asked for at launch
         found["scheme"] = kwargs.get("SCHEME", "dense")
-        if self is attention._decode_kernel and capability >= launch.HOPPER:
-            found |= {name: kwargs[name] for name in ("D", "BLOCK_T", "num_warps")}
-            found["loop"] = len(product_loop(cubin))
-        if self is kv_decode.kv_decode_kernel and capability >= launch.HOPPER:
-            body = product_loop(cubin)
-            found |= {"DIM": kwargs["DIM"], "loop": len(body), "conversions": sum("I2F" in text for text in body)}
-        if self is w4_few.few_rows_kernel and capability >= launch.HOPPER:
-            found |= {name: kwargs[name] for name in ("VALUES", "GROUPS", "TURNS", "HELD", "NORM", "num_warps")}
-            turn = instructions(cubin) if kwargs["HELD"] else straight(product_loop(cubin))
-            found |= {"loop": len(turn), "conversions": sum("I2F" in instruction for instruction in turn)}
-        if self is w4_wide_hopper.wide_hopper_kernel:
-            found |= {name: kwargs[name] for name in ("BM", "HIGH", "GROUPS", "num_warps")}
-            body = product_loop(cubin)
-            found |= {"loop": len(body), "waits": sum("WARPGROUP.DEPBAR" in instruction for instruction in body)}
-            found["products"] = sum("HGMMA" in instruction for instruction in body)
-        print(json.dumps(found), flush=True)
+        told.append(found)
+        look = look_of(self, kwargs) if capability == launch.HOPPER else None
+        if look is not None:
+            found |= {name: kwargs[name] for name in look[0]}
+            looks.append((found, cubin, look[1]))
 
     JITFunction.run = compile_instead
     for capability in capabilities:
         for module in (launch, linear, attention, prefill, kv_decode, w4):
             module.arch = lambda device, capability=capability: capability
         launch_main_shapes() if capability >= launch.HOPPER else launch_each_once()
+    if looks:
+        for (found, _, look), code in zip(looks, sass.disassemble([cubin for _, cubin, _ in looks]), strict=True):
+            found |= look(code)
+    for found in told:
+        print(json.dumps(found))
 
 
 if __name__ == "__main__":

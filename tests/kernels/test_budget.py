@@ -9,6 +9,7 @@ import pytest
 from tests.kernels.support import HOPPER, compiled
 
 KERNELS = {
+    "_add_all_reduce_kernel",
     "_choose_kernel",
     "_decode_kernel",
     "_expand_kernel",
@@ -56,6 +57,7 @@ def test_every_kernel_compiles_and_fits(capability):
 @pytest.mark.parametrize(
     "kernel",
     [
+        "_add_all_reduce_kernel",
         "_decode_kernel",
         "_prefill_kernel",
         "_row_kernel",

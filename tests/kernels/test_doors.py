@@ -8,15 +8,29 @@ import pytest
 
 from lmtool import kernels
 
-FAMILIES = ("activation", "attention", "blocks", "kv", "linear", "norm", "rotary", "sampling", "step", "w4")
+FAMILIES = (
+    "activation",
+    "all_reduce",
+    "attention",
+    "blocks",
+    "kv",
+    "linear",
+    "norm",
+    "rotary",
+    "sampling",
+    "step",
+    "w4",
+)
 NOT_OPS = {
     "BlockPieces",
     "DecodePlan",
     "KV_BLOCK",
     "KV_SCHEMES",
     "KvScheme",
+    "Peers",
     "QuantizedKv",
     "StepRows",
+    "VECTOR_BYTES",
     "W4_LARGEST_GROUP",
     "W4Tiles",
     "block_pieces",

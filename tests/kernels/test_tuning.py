@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lmtool.bench.shapes import SHAPES, Product, all_products
+from lmtool.bench.shapes import SHAPES, Product, all_products, part_of
 from lmtool.errors import ConfigError
 from lmtool.kernels.triton import tables, tuning
 from lmtool.kernels.triton.tables import Entry, Key, Table
@@ -186,7 +186,8 @@ def test_the_kernels_launch_what_the_table_says(device: torch.device) -> None:
 
 def _packaged() -> list[tuple[Product, int]]:
     """Each matrix and bucket of the table, with the op it is used in."""
-    sizes = {(one.num_out, one.num_in, one.paired): one for one in all_products(SHAPES.values())}
+    models = [*SHAPES.values(), part_of("llama3-8b", 2), part_of("llama3-8b", 4)]
+    sizes = {(one.num_out, one.num_in, one.paired): one for one in all_products(models)}
     entries = tables.read(tables.packaged_path(HOPPER), HOPPER, tuning.CONFIGS)
     return [(sizes[e.key[1:4]], e.rows) for e in entries if e.key.kernel in ("rows", "tiles") and e.rows is not None]
 

@@ -42,6 +42,9 @@ class ThreadGroup:
     def all_reduce_(self, values: Tensor) -> Tensor:
         return values.copy_(torch.stack(self._exchange(values)).sum(0))
 
+    def add_all_reduce_(self, hidden: Tensor, part: Tensor) -> Tensor:
+        return hidden.add_(self.all_reduce_(part))
+
     def all_gather(self, values: Tensor) -> Tensor:
         return torch.cat(self._exchange(values), dim=1)
 
