@@ -29,7 +29,7 @@ from lmtool.engine.rank_start import model_digest, start_process
 from lmtool.engine.rank_wire import RankOrders, Refused
 from lmtool.errors import CheckpointError, ConfigError, LmtoolError
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("lmtool.engine.rank_host")  # run as a program, its __name__ is another
 _ORDERS_BYTES = 1 << 20
 _MOST_SESSIONS = 256  # a thread each
 _SAME = "every machine reads its own copy of the model at the same path"

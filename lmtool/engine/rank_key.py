@@ -85,8 +85,7 @@ def connect(address: str, key: bytes) -> socket.socket:
             f"--rank-hosts: what listens at {address} is no rank host of this lmtool",
             "give the address that `lmtool serve ranks` says, and install the same lmtool on all machines",
         ) from error
-    watch(connection)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    _keep(connection)
     connection.settimeout(None)
     return connection
 
@@ -125,14 +124,19 @@ def admit(connection: socket.socket, key: bytes) -> bool:
         frames.send(WrongKey())
         return False
     frames.send(Welcome(_digest(key, b"host", number, proof.number)))
-    watch(connection)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    _keep(connection)
     return True
 
 
 def key_here() -> bytes:
     """Of this process's environment. Raises ConfigError."""
     return checked_key(os.environ.get(KEY))
+
+
+def _keep(connection: socket.socket) -> None:
+    """Both have proven to know the key: this is a rank's connection now."""
+    watch(connection)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def _digest(key: bytes, whose: bytes, hosts_number: bytes, engines_number: bytes) -> bytes:

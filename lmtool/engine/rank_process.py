@@ -22,12 +22,13 @@ from lmtool.config import EngineConfig
 from lmtool.engine.executor import Runner
 from lmtool.engine.frames import Frames
 from lmtool.engine.rank_group import device_of, file_store, find_store, join_group
+from lmtool.engine.rank_voice import Voice
 from lmtool.engine.rank_wire import Arrived, Copy, Failed, Landed, Launch, RankOrders, Ready, Refused, ToRank
 from lmtool.engine.setup import load_rank
 from lmtool.errors import LmtoolError
 from lmtool.models.config import ModelConfig
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("lmtool.engine.rank_process")  # run as a program, its __name__ is another
 
 
 def main() -> int:
@@ -38,27 +39,28 @@ def main() -> int:
         log.be_verbose()
     threading.Thread(target=_end_with_the_first, daemon=True).start()
     frames = Frames(socket.socket(fileno=orders.socket_fd), ToRank)
+    voice = Voice(frames)
     try:
-        runner = _load(orders, frames)
+        runner = _load(orders, frames.connection, voice)
     except LmtoolError as error:
-        frames.send(Refused(type(error).__name__, error.cause, error.fix))
+        voice.say(Refused(type(error).__name__, error.cause, error.fix))
         return error.exit_code
     except Exception as error:
         _log.debug("rank %d cannot start", orders.rank, exc_info=error)
-        frames.send(Refused("EngineError", f"rank {orders.rank} cannot start: {type(error).__name__}: {error}"))
+        voice.say(Refused("EngineError", f"rank {orders.rank} cannot start: {type(error).__name__}: {error}"))
         return 1
-    frames.send(Ready())
     with contextlib.suppress(EOFError, OSError):  # or the first rank's machine is gone
-        _serve(runner, frames)
+        voice.say(Ready())
+        _serve(runner, frames, voice)
     os._exit(0)  # work that waits for the other ranks is on the device: nobody waits for it
 
 
-def _load(orders: RankOrders, frames: Frames) -> Runner:
+def _load(orders: RankOrders, connection: socket.socket, voice: Voice) -> Runner:
     device = device_of(orders.card, orders.num_cards, torch.device(orders.device), orders.size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store, address = _meeting(orders, frames.connection)
-    frames.send(Arrived())
+    store, address = _meeting(orders, connection)
+    voice.say(Arrived())
     group = join_group(store, orders.rank, orders.size, device, address)
     config = EngineConfig(**orders.engine)
     model = msgspec.convert(orders.shape, ModelConfig) if orders.shape is not None else None
@@ -81,7 +83,7 @@ def _meeting(orders: RankOrders, connection: socket.socket) -> tuple[Store, str 
     return find_store(first, port), first if is_first_machine else str(connection.getsockname()[0])
 
 
-def _serve(runner: Runner, frames: Frames) -> None:
+def _serve(runner: Runner, frames: Frames, voice: Voice) -> None:
     while True:
         told: ToRank = frames.receive()
         try:
@@ -89,7 +91,9 @@ def _serve(runner: Runner, frames: Frames) -> None:
         except Exception as error:  # the first rank had the same, or it will hear of this
             number = told.number if isinstance(told, Launch) else 0
             _log.debug("step %d failed", number, exc_info=error)
-            frames.send(Failed(number, f"{type(error).__name__}: {error}"))
+            voice.say(Failed(number, f"{type(error).__name__}: {error}"))
+        if isinstance(told, Launch):
+            voice.number = told.number
 
 
 def _do(runner: Runner, told: ToRank) -> None:

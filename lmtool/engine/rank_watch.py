@@ -2,7 +2,7 @@
 
 Whoever waits for one of them gets the reason, and nobody waits for ever: a rank says that it is there before it joins
 the group, so that its end is noticed when torch would wait for minutes; one that breaks in a step alone is taken for
-lost; and on a CPU whoever waits in a sum hears from the ends of the killed.
+lost, and so is one that stands still; and on a CPU whoever waits in a sum hears from the ends of the killed.
 """
 
 import logging
@@ -13,8 +13,8 @@ from typing import Any
 
 from lmtool.engine.rank_group import leave_group
 from lmtool.engine.rank_start import RankHandle
-from lmtool.engine.rank_wire import Arrived, Failed, Refused
-from lmtool.engine.silence import SILENT_S
+from lmtool.engine.rank_wire import Arrived, Failed, Present, Refused
+from lmtool.engine.silence import SILENT_S, START_S, STILL_S, expect_within
 from lmtool.errors import BY_NAME, EngineError, LmtoolError, RanksLost
 from lmtool.layers.group import TorchGroup
 
@@ -31,6 +31,7 @@ class RankWatch:
         self._changed = threading.Condition()
         self._arrived: set[int] = set()
         self._ready: set[int] = set()
+        self._steps: dict[int, tuple[int, float]] = {}  # rank -> the last step it has launched, and since when no other
         self._failed: dict[int, dict[str, str]] = {}  # step -> rank's name -> why
         self._done = 0  # the last step that was launched here
         self._broken = -1  # the last one that broke here
@@ -38,9 +39,11 @@ class RankWatch:
         self._closing = False
         self._listening: list[threading.Thread] = []
         self._leaving: threading.Thread | None = None
+        self._group: TorchGroup | None = None
 
     def hold(self, rank: int, handle: RankHandle) -> None:
         self.handles.append(handle)
+        expect_within(handle.frames.connection, START_S)
         listening = threading.Thread(target=self._listen, args=(rank, handle), name=f"lmtool-rank-{rank}", daemon=True)
         self._listening.append(listening)
         listening.start()
@@ -52,6 +55,8 @@ class RankWatch:
                 self._hear(rank, handle, handle.frames.receive())
         except (EOFError, ConnectionError):
             self.lose(handle.ended())
+        except BlockingIOError:
+            self.lose(_stands_still(handle.name, "said nothing"))
         except TimeoutError:
             fix = "is its machine there, and the network?"
             self.lose(RanksLost(f"{handle.name} was silent for {SILENT_S} s", fix))
@@ -64,10 +69,23 @@ class RankWatch:
             self.lose(BY_NAME.get(message.kind, EngineError)(cause, message.fix))
         elif isinstance(message, Failed):
             self._judge(handle, message)
+        elif isinstance(message, Present):
+            self._follow(rank, handle, message.number)
         else:
             with self._changed:
                 (self._arrived if isinstance(message, Arrived) else self._ready).add(rank)
                 self._changed.notify_all()
+
+    def _follow(self, rank: int, handle: RankHandle, number: int) -> None:
+        """A rank may be alive and yet not go on: in a call of the system, or of a driver, that does not come back."""
+        now = time.monotonic()
+        if rank not in self._steps:
+            expect_within(handle.frames.connection, STILL_S)
+        last, since = self._steps.get(rank, (-1, now))
+        if number > last or number >= self._done:
+            self._steps[rank] = (number, now)
+        elif now - since > STILL_S:
+            self.lose(_stands_still(handle.name, f"launched nothing after step {number}"))
 
     def _judge(self, handle: RankHandle, failed: Failed) -> None:
         """A step may have broken here as well, or be about to; else this rank waits for one that has left the step."""
@@ -113,6 +131,7 @@ class RankWatch:
         if isinstance(joined[0], Exception):
             self.explain()
             raise EngineError(f"the ranks do not find each other: {_first_line(joined[0])}") from joined[0]
+        self._group = joined[0]
         return joined[0]
 
     def _wait_for(self, condition: Callable[[], bool]) -> None:
@@ -169,9 +188,14 @@ class RankWatch:
         """A kernel that waits for a rank would wait for ever. It is told at once; this may end only when nothing holds
         the group any more."""
         if self._leaving is None:
-            self._leaving = threading.Thread(target=leave_group, name="lmtool-leave", daemon=True)
+            self._leaving = threading.Thread(target=self._leave_group, name="lmtool-leave", daemon=True)
             self._leaving.start()
         return self._leaving
+
+    def _leave_group(self) -> None:
+        if self._group is not None:
+            self._group.let_go()
+        leave_group()
 
     def close(self) -> None:
         """May be called twice."""
@@ -187,6 +211,13 @@ class RankWatch:
         with self._changed:
             leaving = self._leave()
         leaving.join(_END_S)
+        if self._group is not None and not leaving.is_alive():
+            self._group.close()
+
+
+def _stands_still(name: str, how: str) -> RanksLost:
+    fix = "its process was stopped, or waits for its GPU or a disk: see dmesg there"
+    return RanksLost(f"{name} stands still: it {how} for {STILL_S:g} s", fix)
 
 
 def _broke(name: str, cause: str) -> RanksLost:

@@ -54,6 +54,12 @@ class Landed(msgspec.Struct, tag=True, frozen=True, array_like=True):
     numbers: list[int]
 
 
+class Present(msgspec.Struct, tag=True, frozen=True, array_like=True):
+    """The rank is alive; every `silence.PRESENT_S`. number: of the last step that it is done with launching."""
+
+    number: int
+
+
 class Arrived(msgspec.Struct, tag=True, frozen=True, array_like=True):
     """The rank is there, and joins the group next."""
 
@@ -77,5 +83,5 @@ class Failed(msgspec.Struct, tag=True, frozen=True, array_like=True):
     cause: str
 
 
-FromRank = Arrived | Ready | Refused | Failed
+FromRank = Present | Arrived | Ready | Refused | Failed
 ToRank = Launch | Copy | Landed

@@ -4,6 +4,7 @@ It listens from the start on the socket it inherits, says how far loading is, an
 engine never outlives the server it belongs to. Exit code 2 where what was given cannot be used, 1 where it broke.
 """
 
+import logging
 import os
 import signal
 import socket
@@ -23,6 +24,8 @@ from lmtool.server.engine_server import EngineServer
 from lmtool.server.orders import EngineOrders
 from lmtool.server.wire import EngineInfo, Failure, Loading, Refused
 from lmtool.tokenizer import load_tokenizer
+
+_log = logging.getLogger("lmtool.server.engine_process")  # run as a program, its __name__ is another
 
 
 def main() -> int:
@@ -52,6 +55,8 @@ def main() -> int:
     threading.Thread(target=_notice, args=(engine, over), daemon=True).start()
     over.wait()
     broken = engine.over.is_set()
+    if broken:  # also where nobody had asked for anything, who would be told
+        _log.error("%s", engine.broken)
     server.close()
     if broken:  # another one is started; what is on the device may wait for a rank that is gone
         os._exit(1)

@@ -29,7 +29,7 @@ from lmtool.server.orders import EngineOrders, HttpOrders
 
 _log = logging.getLogger(__name__)
 _MOST_FAILED_STARTS = 3  # in a row; then it is not worth another
-_AGAIN_S = 0.5
+_AGAIN_S, _MOST_REST_S = 0.5, 30.0  # before another start; twice as long after each that failed
 _INTERRUPTED = 130
 _END_S = 10.0  # what a process that is told to end may take
 
@@ -89,7 +89,7 @@ def bind(config: ServerConfig) -> list[socket.socket]:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind((config.host, port))
         for _ in range(config.num_http_processes):
-            door = socket.socket(family)
+            door = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
             doors.append(door)
             door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if several:
@@ -162,7 +162,11 @@ class _Run:
 
     # ------------------------------------------------------------------ the engine's process
     async def _keep_engine(self) -> None:
-        """Start it, and again whenever it ends, until the server ends. Raises what it says about itself."""
+        """Start it, and again whenever it ends, until the server ends. Raises what it says about itself.
+
+        One that has been ready on several machines is started again for as long as that takes: what it waits for, such
+        as another machine or the link to it, is not here, and comes back without anybody telling this server.
+        """
         num_failed = 0
         while not self._stop.is_set():
             process = await self._start(
@@ -178,13 +182,22 @@ class _Run:
             if client.failure is not None and not self._told:
                 raise client.failure
             num_failed = 0 if client.ready_since_s >= began else num_failed + 1
-            if num_failed == _MOST_FAILED_STARTS:
+            if num_failed >= _MOST_FAILED_STARTS and not (self._told and self._launch.engine.get("rank_hosts")):
                 raise client.failure or EngineError(
                     f"the engine's process ended {num_failed} times while it was starting, "
                     f"last with {_how(process.returncode)}",
                     "see what it said above, or try --device cpu",
                 )
-            _log.warning("the engine's process ended (%s); it is started again", _how(process.returncode))
+            why = client.failure or f"its process ended, {_how(process.returncode)}"
+            _log.warning("the engine is started again: %s", why)
+            if num_failed:
+                await self._rest(min(_AGAIN_S * 2**num_failed, _MOST_REST_S))
+
+    async def _rest(self, seconds: float) -> None:
+        """Not for longer than the server is to go on."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._stop.wait()
 
     async def _is_to_end(self, process: asyncio.subprocess.Process) -> bool:
         """Wait until the server is to end, or the process has ended by itself (False)."""

@@ -35,7 +35,6 @@ LONG = {i: [1 + i, 5, 9, 7 + i] * 50 for i in range(6)}
 def engine(folder: Path, tp: int, **settings: object) -> EngineCore:
     core = load_engine(folder, EngineConfig(**{**SETTINGS, "tp": tp, **settings})).core  # type: ignore[arg-type]
     core.scheduler.loads._swap_cost = ALWAYS
-    core.give_vocabulary(lambda: VOCABULARY)
     return core
 
 
@@ -48,14 +47,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def alone(folder: Path) -> Iterator[EngineCore]:
     """One process that has room for everything."""
     core = engine(folder, 1)
+    core.give_vocabulary(lambda: VOCABULARY)
     yield core
     core.close()
 
 
 @pytest.fixture(scope="module")
-def together(folder: Path) -> Iterator[EngineCore]:
-    """Two ranks; their cache holds less than half of what `LONG` needs."""
+def together(folder: Path, alone: EngineCore) -> Iterator[EngineCore]:
+    """Two ranks; their cache holds less than half of what `LONG` needs. Grammars are the other one's: a second process
+    for them would cost more than all that is tested here."""
     core = engine(folder, 2, cache_gb=CACHE_GB, cache_host_gb=0.02)
+    core._grammars = alone._grammars
     yield core
     core.close()
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from lmtool.child import module_command, module_environment
-from lmtool.engine import rank_key, ranks
+from lmtool.engine import rank_key, rank_watch, ranks
 from lmtool.engine.async_engine import AsyncEngine
 from lmtool.engine.frames import Codec
 from lmtool.engine.rank_host import RankHost
@@ -100,19 +100,21 @@ def is_gone(pid: int) -> bool:
         return True
 
 
-def lost_in_a_request(loaded: LoadedEngine, pid: int) -> str:
-    """What is said when this process is killed under a running request."""
+def lost_in_a_request(loaded: LoadedEngine, pid: int, number: int = signal.SIGKILL) -> str:
+    """What is said when this process gets a signal under a running request."""
     running, waiting = AsyncEngine(loaded.core), Waiting()
     running.submit(request(0, [1, 2, 3], max_new_tokens=90_000), waiting)
     assert waiting.begun.wait(WAIT_S)
-    os.kill(pid, signal.SIGKILL)
+    os.kill(pid, number)
     assert waiting.over.wait(WAIT_S), "nobody was told"
     running.close()
     return str(waiting.outputs[-1].error)
 
 
-def test_answers_and_what_dies(folder: Path) -> None:
-    """One host serves one engine after the other; each that loses a rank says so, and leaves none."""
+def test_answers_and_what_dies(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One host serves one engine after the other; each that loses a rank says so, and leaves none. One that stands
+    still is killed there, too."""
+    monkeypatch.setattr(rank_watch, "STILL_S", 6.0)
     alone = answers_of(engine(folder), requests())
     with host_process() as (host, address):
         loaded = engine(folder, tp=2, rank_hosts=(address,))
@@ -124,8 +126,8 @@ def test_answers_and_what_dies(folder: Path) -> None:
         check_equal(alone, run_all(loaded.core, requests()), decoder_of(folder), PROMPTS)
         pids = rank_pids(host.pid)
         assert len(pids) == 2
-        said = lost_in_a_request(loaded, pids[1])
-        assert f"of 4, on {address}, has ended" in said
+        said = lost_in_a_request(loaded, pids[1], signal.SIGSTOP)
+        assert f"of 4, on {address}, stands still" in said
         until(lambda: rank_pids(host.pid) == [])
 
         loaded = engine(folder, tp=2, rank_hosts=(address,))

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -14,10 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lmtool.config import EngineConfig
-from lmtool.engine import rank_start
+from lmtool.engine import rank_start, rank_watch
 from lmtool.engine.async_engine import AsyncEngine
 from lmtool.engine.batch import Batch
 from lmtool.engine.core import TokenOutput
+from lmtool.engine.frames import Frames
+from lmtool.engine.rank_start import RankHandle
+from lmtool.engine.rank_wire import Present
 from lmtool.engine.sequence import Request
 from lmtool.engine.setup import LoadedEngine, load_engine
 from lmtool.errors import CheckpointError, ConfigError, RanksLost
@@ -144,6 +148,52 @@ def test_a_rank_that_dies_is_a_clear_error_and_never_a_hang(tmp_path: Path) -> N
     assert not torch.distributed.is_initialized()
 
 
+def test_a_rank_that_stands_still_is_no_hang_either(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the system says so: its process lives, and its connections are open."""
+    monkeypatch.setattr(rank_watch, "STILL_S", 6.0)
+    loaded = engine(folder, tp=2)
+    (handle,) = loaded.core._executor._ranks.watch.handles  # type: ignore[attr-defined]
+    running, waiting = AsyncEngine(loaded.core), Waiting()
+    running.submit(request(0, [1, 2, 3], max_new_tokens=90_000), waiting)
+    assert waiting.begun.wait(60)
+    os.kill(handle.pid, signal.SIGSTOP)
+    assert waiting.over.wait(60), "nobody was told"
+    assert "rank 1 of 2 stands still: it said nothing for 6 s; its process was stopped" in str(
+        waiting.outputs[-1].error
+    )
+    begun = time.monotonic()
+    running.close()
+    assert time.monotonic() - begun < 4, "it waited for a rank that could not end"
+    assert handle._process.returncode == -signal.SIGKILL
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_rank_that_lives_but_does_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says that it is there, and never that it has launched what the first rank has; when that has launched nothing
+    either, it may be quiet for ever."""
+    monkeypatch.setattr(rank_watch, "STILL_S", 0.5)
+    watch, (ours, theirs) = rank_watch.RankWatch(2), socket.socketpair()
+    watch.hold(1, RankHandle("rank 1 of 2", ours))
+    watch.launched(2)
+
+    def say_for(seconds: float, number: int) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            Frames(theirs, None).send(Present(number))
+            time.sleep(0.05)
+
+    say_for(1.0, number=2)
+    watch.check()
+    watch.launched(3)
+    watch.launched(4)
+    with pytest.raises(ConnectionError):  # it is hung up on
+        say_for(30.0, number=3)
+    with pytest.raises(RanksLost, match=r"rank 1 of 2 stands still: it launched nothing after step 3 for 0\.5 s"):
+        watch.check()
+    watch.close()
+    theirs.close()
+
+
 FAKE_RANK = """
 import json, socket, sys
 from lmtool.engine.frames import Frames
@@ -209,6 +259,23 @@ def test_two_cards_answer_as_one(tmp_path: Path, architecture: str) -> None:
     together = answers_of(loaded, [request(10 + i, ids, max_new_tokens=10) for i, ids in PROMPTS.items()])
     check_equal(alone, first, decoder_of(folder), PROMPTS)
     check_equal(alone, {i - 10: answer for i, answer in together.items()}, decoder_of(folder), PROMPTS)
+
+
+@pytest.mark.gpu
+@two_cards
+def test_many_rows_on_two_cards(tmp_path: Path) -> None:
+    """Of 32 rows and more each rank chooses for its own; messages of several programs; the host tier beside them."""
+    folder = tiny_folder(tmp_path, max_position_embeddings=512)
+    settings = {**ON_CARDS, "max_batch_size": 48}
+    prompts = {i: [1 + i, 5, 9, 7 + i] * (3 + i) for i in range(48)}
+    asked = [request(i, ids, max_new_tokens=10) for i, ids in prompts.items()]
+    alone = answers_of(engine(folder, **settings), asked)
+    loaded = engine(folder, tp=2, cache_host_gb=0.1, **settings)
+    group = loaded.core._executor._ranks.group  # type: ignore[attr-defined]
+    if torch.cuda.can_device_access_peer(0, 1):
+        assert group._memory is not None, "cards that reach each other's memory add up by the kernel"
+    together = answers_of(loaded, asked)
+    check_equal(alone, together, decoder_of(folder), prompts)
 
 
 @pytest.mark.gpu

@@ -5,13 +5,20 @@ import os
 import secrets
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
 
 from lmtool import EngineConfig, GenerationConfig, pipeline
+from lmtool.errors import ConfigError
+from lmtool.server import supervisor
+from lmtool.server.config import ServerConfig
+from lmtool.server.supervisor import Launch
 from tests.quant.models import tiny_folder
 from tests.server.process import LMTOOL, TIMEOUT_S, Process
 from tests.server.serving import wait_until
@@ -69,6 +76,62 @@ def test_a_rank_that_is_killed_costs_its_requests_and_no_more(tmp_path):
         os.kill(rank, signal.SIGKILL)
         wait_until(lambda: rank_pids(host) not in ([], [rank]) and answer() == alone)
         assert server.engine_pid() != engine_pid
+        assert [line for line in server.said if line.startswith(f"lmtool: error: rank 1 of 2, on {address}, has ended")]
+
+
+ENGINE = """
+import json, socket, sys
+from pathlib import Path
+from lmtool.engine.frames import Frames
+from lmtool.errors import ConfigError
+from lmtool.server.wire import EngineInfo, Failure, Refused
+
+lives = Path(sys.argv[1])
+number = len(lives.read_bytes())
+lives.write_bytes(bytes(number + 1))
+there, _ = socket.socket(fileno=json.loads(sys.stdin.readline())["listener_fd"]).accept()
+if number in (0, 6):
+    Frames(there, None).send(EngineInfo("a model", 64, 300, 4, 8, 64, 0.0, {}))
+    if number:
+        sys.stdin.read()
+else:
+    Frames(there, None).send(Refused(Failure.of(ConfigError("10.0.0.2:23334 cannot be reached"))))
+"""
+
+
+@pytest.fixture
+def launch(tmp_path, monkeypatch):
+    """Of an engine that is ready, cannot start five times, and is ready again."""
+    monkeypatch.setattr(supervisor, "_AGAIN_S", 0.02)
+    monkeypatch.setattr(supervisor, "module_command", lambda _: [sys.executable, "-c", ENGINE, str(tmp_path / "lives")])
+    (tmp_path / "lives").touch()
+    path = tiny_folder(tmp_path / "m", "Qwen2ForCausalLM")
+    return Launch(name="m", path=path, chat_template=None, engine={}, config=ServerConfig(port=0))
+
+
+def test_where_another_machine_is_away_for_long_the_server_stays_and_says_why(launch):
+    def ask(url: str) -> str:
+        try:
+            with httpx.Client(base_url=url) as client:
+                wait_until(lambda: "cannot be reached" in client.get("/health").text)
+                said = client.get("/health")
+                wait_until(lambda: client.get("/health").json() == {"status": "ready"})
+                return said.json()["message"] if said.status_code == 503 else said.text
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with ThreadPoolExecutor(1) as pool:
+        asking = []
+        machines = {"tp": 2, "rank_hosts": ["10.0.0.2:23334"]}
+        supervisor.serve(
+            replace(launch, engine=machines), lambda said: asking.append(pool.submit(ask, said.split()[-1]))
+        )
+        assert asking[0].result() == "10.0.0.2:23334 cannot be reached"
+
+
+def test_on_one_machine_it_ends_after_three_starts_in_vain(launch):
+    with pytest.raises(ConfigError, match="cannot be reached"):
+        supervisor.serve(launch, lambda _: None)
 
 
 @pytest.mark.parametrize(("key", "said"), [({}, "is not set"), ({"LMTOOL_RANKS_KEY": "123"}, "has 3 characters")])
