@@ -173,6 +173,7 @@ class InteractiveBackend(HttpBackend):
             self._begin_anew()
             known = []
         body = {
+            "model": self.model,
             "prompt": list(messages[len(known) :]),
             "session_id": self._session_id,
             "interactive_mode": True,
@@ -192,7 +193,7 @@ class InteractiveBackend(HttpBackend):
 
     def _begin_anew(self) -> None:
         """What the server knows is forgotten there, as soon as a turn that was stopped is over."""
-        session = {"prompt": "", "session_id": self._session_id}
+        session = {"model": self.model, "prompt": "", "session_id": self._session_id}
         self._post("/v1/chat/interactive", {**session, "cancel": True})
         patient_until_s = time.monotonic() + _PATIENCE_S
         while True:

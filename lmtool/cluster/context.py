@@ -10,6 +10,7 @@ import aiohttp
 from lmtool.cluster.directory import Record
 from lmtool.cluster.figures import Figures
 from lmtool.cluster.fleet import Fleet
+from lmtool.cluster.sessions import Sessions
 from lmtool.server.config import ServerConfig
 from lmtool.server.errors import Refusal
 from lmtool.server.json_body import Bodies
@@ -29,6 +30,7 @@ class FrontContext:
     created: int = field(default_factory=lambda: int(time.time()))
     figures: Figures = field(init=False)
     bodies: Bodies = field(init=False)
+    sessions: Sessions = field(default_factory=Sessions)
 
     def __post_init__(self) -> None:
         self.bodies = Bodies(self.config.max_body_bytes or _BODY_BYTES)

@@ -95,7 +95,15 @@ class Fleet:
         return sorted((one for one in self._records.values() if one.model == model), key=lambda one: one.name)
 
     def ready(self, model: str) -> list[Record]:
+        """Who takes requests, and was heard of just now."""
+        return [one for one in self._trusted(model) if self._is_lively(one.name)]
+
+    def _trusted(self, model: str) -> list[Record]:
+        """With those whose machine may be cut off: where there is nobody else, they are worth a try."""
         return [one for one in self.replicas(model) if one.is_ready and one.name not in self._suspects]
+
+    def _is_lively(self, name: str) -> bool:
+        return self._listed_s - self._beats[name][1] < _QUIET_S
 
     def router(self, model: str) -> Router:
         return self._routers[model]
@@ -110,8 +118,8 @@ class Fleet:
         self, model: str, prompt: Prompt, num_new_tokens: int, tried: Collection[str], only: str | None = None
     ) -> Ticket | None:
         """A place for a request, at none of those that were tried, or at one alone; None where there is none."""
-        names = [one.name for one in self.ready(model) if one.name not in tried and only in (None, one.name)]
-        lively = [name for name in names if self._listed_s - self._beats[name][1] < _QUIET_S]
+        names = [one.name for one in self._trusted(model) if one.name not in tried and only in (None, one.name)]
+        lively = [name for name in names if self._is_lively(name)]
         router = self._routers.get(model)  # None: the model was withdrawn meanwhile
         return router.take(prompt, num_new_tokens, lively or names) if router else None
 

@@ -7,7 +7,7 @@ error event. Answers that do not stream are passed on when they are whole, so th
 import contextlib
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import aiohttp
 from starlette.responses import Response
@@ -17,6 +17,7 @@ from lmtool.cluster.directory import Record
 from lmtool.cluster.figures import Figures
 from lmtool.cluster.fleet import Fleet
 from lmtool.cluster.routing import Prompt, Router, Ticket
+from lmtool.cluster.sessions import Turn
 from lmtool.engine.silence import watch
 from lmtool.errors import EngineError
 from lmtool.server.disconnect import ClientGone, until_gone
@@ -48,8 +49,8 @@ def _watched(address: aiohttp.AddrInfoType) -> socket.socket:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is sent: the body as it came. prompt and num_new_tokens: what it costs, as far as can be told. only: the
-    one replica that can answer."""
+    """What is sent: the body as it came. prompt and num_new_tokens: what it costs, as far as can be told. turn: of
+    the conversation that it belongs to."""
 
     model: str
     method: str
@@ -58,7 +59,7 @@ class Question:
     headers: Mapping[str, str]
     prompt: Prompt = Prompt((), (), 0)
     num_new_tokens: int = 0
-    only: str | None = None
+    turn: Turn = field(default_factory=Turn)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,13 +126,14 @@ class Forward(Response):
                     self._bodies.num_bytes -= num_bytes
 
     async def _ask_in_turn(self, answer: _Answer) -> None:
-        model, tried = self._question.model, set[str]()
+        model, turn, tried = self._question.model, self._question.turn, set[str]()
         refused: _Whole | None = None
         while (ticket := self._take(tried)) is not None:
             tried.add(ticket.name)
             self._figures.asked(model, is_retry=len(tried) > 1)
+            turn.go_to(ticket.name)
             try:
-                await self._ask(ticket, answer)
+                turn.answered(await self._ask(ticket, answer))
                 return
             except _Elsewhere as elsewhere:
                 refused = elsewhere.answer
@@ -144,26 +146,29 @@ class Forward(Response):
                     error = EngineError("the replica that was answering is gone", "ask again: another one answers")
                     await answer.part(event(body_of(error)), more=False)
                     return
+        turn.answered(503)
         if refused is None:
             raise Refusal(503, f"no replica of {model} is ready", "ask again in a moment", retry_after_s=2)
         await answer.whole(refused)
 
     def _take(self, tried: set[str]) -> Ticket | None:
         question = self._question
-        return self._fleet.take(question.model, question.prompt, question.num_new_tokens, tried, question.only)
+        return self._fleet.take(question.model, question.prompt, question.num_new_tokens, tried, question.turn.only)
 
-    async def _ask(self, ticket: Ticket, answer: _Answer) -> None:
+    async def _ask(self, ticket: Ticket, answer: _Answer) -> int:
+        """The answer's status."""
         try:
             async with self._fleet.at(ticket) as record, self._post(record) as response:
                 if response.content_type == "text/event-stream":
                     await self._pass_events(ticket, response, answer)
-                    return
+                    return response.status
                 whole = _Whole(response.status, _headers(response), await response.read())
         except (aiohttp.ClientError, OSError) as error:  # TimeoutError is an OSError: the replica is gone
             raise _Broken from error
         if whole.status in _ELSEWHERE:
             raise _Elsewhere(whole)
         await answer.whole(whole)
+        return whole.status
 
     def _post(self, record: Record) -> "aiohttp.client._RequestContextManager":
         question = self._question

@@ -1,5 +1,5 @@
-"""The routes that are passed on to replicas. Of a response that is remembered its id says which replica has it; whose
-it is, the front says.
+"""The routes that are passed on to replicas. Which of them remembers a response or a session, and whose that is, the
+front says.
 """
 
 from collections.abc import Mapping
@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 from lmtool.cluster.context import FrontContext
 from lmtool.cluster.forward import Forward, Question
 from lmtool.cluster.prefixes import read_prompt
+from lmtool.cluster.sessions import Place, Turn
 from lmtool.server.documents import Deleted, answers_documented
 from lmtool.server.errors import Refusal
 from lmtool.server.json_body import json_route
@@ -26,7 +27,7 @@ FORWARDED = (
 )
 _GUESSED_TOKENS = 256  # of an answer whose request sets no limit
 _MOST_COUNTED = 1 << 20  # of a number that a client may give as it likes
-_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens", "request_output_len")
 
 
 def forwarding(context: FrontContext) -> APIRouter:
@@ -36,21 +37,9 @@ def forwarding(context: FrontContext) -> APIRouter:
         """As `lmtool serve api_server` answers; the request goes to a replica of its model."""
         body = await http.json()
         model = context.model_of(body)
-        known = body if isinstance(body, dict) else {}
-        past = known.get("previous_response_id")
-        return _forward(
-            context,
-            Question(
-                model,
-                "POST",
-                http.url.path,
-                await http.body(),
-                {**_headers(context, http), "Content-Type": "application/json"},
-                read_prompt(known),
-                _num_new_tokens(known),
-                _replica_of(context, past, model, "previous_response_id") if isinstance(past, str) else None,
-            ),
-        )
+        past = body.get("previous_response_id") if isinstance(body, dict) else None
+        replica = _replica_of(context, past, model, "previous_response_id") if isinstance(past, str) else None
+        return await _passed_on(context, http, model, body, Turn(Place(replica)))
 
     for path in FORWARDED:
         router.add_api_route(path, forward, methods=["POST"], name=path)
@@ -60,9 +49,8 @@ def forwarding(context: FrontContext) -> APIRouter:
         context.check_open()
         replica = _replica_of(context, response_id, None, None)
         model = context.fleet.model_of(replica) or ""
-        return _forward(
-            context, Question(model, http.method, http.url.path, b"", _headers(context, http), only=replica)
-        )
+        turn = Turn(Place(replica))
+        return _forward(context, Question(model, http.method, http.url.path, b"", _headers(context, http), turn=turn))
 
     for method, answer in (("GET", ResponseObject), ("DELETE", Deleted)):
         router.add_api_route(
@@ -75,15 +63,22 @@ def forwarding(context: FrontContext) -> APIRouter:
 
     @router.post("/v1/chat/interactive")
     async def interactive(http: Request) -> Response:
-        """Not here: a name that a client chooses does not say which replica remembers the conversation."""
-        raise Refusal(
-            501,
-            "conversations by session_id are not remembered behind a proxy",
-            "go on from a response: /v1/responses with previous_response_id",
-            code="not_implemented",
-        )
+        """A turn of a conversation that a replica remembers by its ``session_id``."""
+        body = await http.json()
+        model = context.model_of(body)
+        return await _passed_on(context, http, model, body, _turn(context, http, model, body))
 
     return router
+
+
+async def _passed_on(context: FrontContext, http: Request, model: str, body: Any, turn: Turn) -> Response:
+    known = body if isinstance(body, dict) else {}
+    headers = {**_headers(context, http), "Content-Type": "application/json"}
+    prompt, num_new_tokens = read_prompt(known), _num_new_tokens(known)
+    return _forward(
+        context,
+        Question(model, "POST", http.url.path, await http.body(), headers, prompt, num_new_tokens, turn),
+    )
 
 
 def _forward(context: FrontContext, question: Question) -> Response:
@@ -113,6 +108,27 @@ def _replica_of(context: FrontContext, response_id: str, model: str | None, para
         cause = f"response {response_id[:100]!r} is of the model {found}"
         raise Refusal(400, cause, f"give model {found}, or send the whole conversation", param=param)
     return replica
+
+
+def _turn(context: FrontContext, http: Request, model: str, body: Any) -> Turn:
+    """Of the session that the body names. Raises Refusal where its replica is gone, and it is to go on."""
+    session_id = body.get("session_id") if isinstance(body, dict) else None
+    if not isinstance(session_id, int) or isinstance(session_id, bool) or session_id < 0:
+        return Turn()  # none, or what is the replica's to refuse
+    place = context.sessions.place(owner_of(http, context.config), model, session_id)
+    there = place.replica if context.fleet.model_of(place.replica or "") == model else None
+    if body.get("cancel"):
+        return Turn(Place(there))  # where the conversation is, is not its affair
+    if body.get("prompt") and there != place.replica:
+        raise Refusal(
+            404,
+            f"the replica that remembers session {session_id} is gone",
+            "end it by an empty prompt, then send the whole conversation",
+            param="session_id",
+            code="not_found",
+        )
+    place.replica = there
+    return Turn(place, ends=not body.get("interactive_mode"))
 
 
 def _num_new_tokens(body: Mapping[str, Any]) -> int:

@@ -166,9 +166,9 @@ class _Proxy:
             await asyncio.sleep(_POLL_S)
             started.update(name for name in self._fleet.models if self._fleet.ready(name))
             for failed in self._fleet.failed.values():
-                error, is_ours = failed.error(), failed.model in initial - started
-                if is_ours and isinstance(error, InputError):
+                error = failed.error()
+                if failed.model in initial - started and isinstance(error, InputError):
                     raise type(error)(f"{failed.model}: {error.cause}", error.fix)
-                if not is_ours and str(error) not in told:
+                if str(error) not in told:
                     told.add(str(error))
                     _log.warning("a replica of %s cannot start, and is tried again: %s", failed.model, error)

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable, Iterator
 
 from lmtool.cluster.directory import NAMESPACE
+from lmtool.config import split_address
 from lmtool.errors import ConfigError
 
 _STORE_BYTES = 100 << 20  # nothing of ours goes through Ray's object store; this is about the least that it takes
@@ -64,14 +65,12 @@ def cannot_join(address: str, said: str) -> ConfigError:
 
 def _check_reachable(address: str) -> None:
     """Ray itself tries for minutes. Raises ConfigError."""
-    host, _, port = address.rpartition(":")
     if address == "auto":
         return
-    if not host or not port.isdecimal():
-        raise ConfigError(f"--ray-address is {address!r}", "give auto or HOST:PORT, as `ray start --head` says it")
+    place = split_address(address, "--ray-address", "auto or HOST:PORT, as `ray start --head` says it")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S).close()
-    except (OSError, OverflowError) as error:
+        socket.create_connection(place, timeout=_REACH_S).close()
+    except OSError as error:
         raise ConfigError(
             f"--ray-address {address} cannot be reached: {error}", "start Ray there: ray start --head"
         ) from error

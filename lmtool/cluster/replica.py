@@ -18,9 +18,10 @@ import msgspec
 import ray
 from ray import serve
 
-from lmtool.child import module_command, module_environment
+from lmtool.child import module_environment
+from lmtool.cluster.api_server import ANSWER_S, ApiServer
 from lmtool.cluster.directory import Record, directory
-from lmtool.cluster.orders import FailedStart, ReplicaOrders, ReplicaSays
+from lmtool.cluster.orders import FailedStart, ReplicaOrders
 from lmtool.cluster.rank_actor import rank_actors
 from lmtool.cluster.scaling import NUM_REQUESTS
 from lmtool.engine.rank_key import KEY
@@ -28,7 +29,6 @@ from lmtool.errors import EngineError, LmtoolError
 
 _log = logging.getLogger(__name__)
 BEAT_S = 0.5
-_ANSWER_S = 5.0  # for how it is; it answers between two tokens
 _AWAY_S = 120.0  # that its engine may be away before Ray is told: starting it again is the api_server's own affair
 END_S = 15.0  # that it may take to end, beside what answers may take
 
@@ -40,34 +40,33 @@ class Replica:
         # Ray Serve awaits it
         self._model = model
         self._name = serve.get_replica_context().replica_id.unique_id
-        self._key = secrets.token_urlsafe(32)
         self._directory = directory()
         self._record: Record | None = None
         self._ready_s = time.monotonic()  # when it last was, or began
-        host = "127.0.0.1" if loopback else ray.util.get_node_ip_address()
-        given = msgspec.json.decode(orders, type=ReplicaOrders)
-        self._process: asyncio.subprocess.Process | None = None
         self._rank_actors: list[Any] = []
-        self._environment = module_environment()
-        config = replace(given.config, host=host, port=0, api_keys=(self._key,), replica=self._name, disable_docs=True)
+        host, key = "127.0.0.1" if loopback else ray.util.get_node_ip_address(), secrets.token_urlsafe(32)
+        self._server = ApiServer(model, key)
+        given = msgspec.json.decode(orders, type=ReplicaOrders)
+        config = replace(given.config, host=host, port=0, api_keys=(key,), replica=self._name, disable_docs=True)
         self._end_s = given.config.drain_timeout_s + END_S
-        self._http = aiohttp.ClientSession(
-            headers={"Authorization": f"Bearer {self._key}"}, timeout=aiohttp.ClientTimeout(_ANSWER_S)
-        )
         try:
-            engine = {**given.engine, **await self._rank_hosts()}
-            await self._start(msgspec.json.encode(msgspec.structs.replace(given, config=config, engine=engine)))
+            engine, environment = await self._rank_hosts()
+            own = msgspec.structs.replace(given, config=config, engine={**given.engine, **engine})
+            await self._server.start(own, {**module_environment(), **environment})
+            self._record = Record(self._name, model, self._server.url, key)
+            await self._get_ready()
         except LmtoolError as error:
             await self._directory.fail.remote(FailedStart.of(model, error))
-            await self._end()
+            await self._server.end(self._end_s)
             raise RuntimeError(str(error)) from None  # Ray tries again: what it was may have passed
         self._beating = asyncio.create_task(self._keep_beating())
 
-    async def _rank_hosts(self) -> dict[str, list[str]]:
-        """A setting of its engine's, where it has machines beside this one: who starts ranks there."""
+    async def _rank_hosts(self) -> tuple[dict[str, list[str]], dict[str, str]]:
+        """Who starts ranks on its other machines, where it has some: a setting of its engine's, and the key to it in
+        the environment."""
         group = ray.util.get_current_placement_group()
         if group is None or group.bundle_count < 2:
-            return {}
+            return {}, {}
         key = secrets.token_hex(32)
         self._rank_actors = rank_actors(group, key)
         try:
@@ -75,51 +74,25 @@ class Replica:
         except ray.exceptions.RayError as error:
             cause = getattr(error, "cause", error)  # of an error of the actor's: without Ray's pages around it
             raise EngineError(f"no rank host could be started on another machine: {cause}") from error
-        self._environment[KEY] = key
-        return {"rank_hosts": addresses}
+        return {"rank_hosts": addresses}, {KEY: key}
 
-    async def _start(self, orders: bytes) -> None:
-        """Until its engine is ready. Raises what keeps it from that."""
-        self._process = process = await asyncio.create_subprocess_exec(
-            *module_command("lmtool.cluster.replica_process"),
-            env=self._environment,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is the front's
-        )
-        assert process.stdin is not None
-        process.stdin.write(orders + b"\n")
-        url = (await self._said()).url
-        assert url is not None
-        self._record = Record(self._name, self._model, url, self._key)
-        last_words = asyncio.create_task(self._said())
+    async def _get_ready(self) -> None:
+        """Saying how it is, until its engine is. Raises what keeps it from that."""
+        broken = asyncio.create_task(self._server.broken())
         try:
-            while not self._record.is_ready:
+            while self._record is None or not self._record.is_ready:
                 await self._beat()
-                done, _ = await asyncio.wait((last_words,), timeout=BEAT_S)
+                done, _ = await asyncio.wait((broken,), timeout=BEAT_S)
                 if done:
-                    await last_words  # raises: whatever it says after its address is why it ends
+                    await broken
         finally:
-            last_words.cancel()
-
-    async def _said(self) -> ReplicaSays:
-        """Its next line. Raises what it says is wrong, or that it ended."""
-        assert self._process is not None
-        assert self._process.stdout is not None
-        line = await self._process.stdout.readline()
-        if not line:
-            code = await self._process.wait()
-            raise EngineError(f"a replica of {self._model} ended with code {code}", "see Ray's logs of it")
-        said = msgspec.json.decode(line, type=ReplicaSays)
-        if said.failure is not None:
-            raise said.failure.error()
-        return said
+            broken.cancel()
 
     # ------------------------------------------------------------------ how it is
     async def _keep_beating(self) -> None:
-        while self._ended_with is None:
+        while self._server.ended_with is None:
             try:
-                async with asyncio.timeout(_ANSWER_S * 2):
+                async with asyncio.timeout(ANSWER_S * 2):
                     await self._beat()
             except TimeoutError:  # as long as the directory's machine cannot be reached
                 _log.warning("the directory does not answer")
@@ -132,7 +105,7 @@ class Replica:
     async def _beat(self) -> None:
         assert self._record is not None
         record = replace(self._record, beat=self._record.beat + 1)
-        is_ready = await self._is_ready()
+        is_ready = await self._server.is_ready()
         if is_ready and not record.is_ready:
             record = await self._introduced(record)
         elif not is_ready:
@@ -142,48 +115,25 @@ class Replica:
         self._record = record
         await self._directory.put.remote(record)
 
-    async def _is_ready(self) -> bool:
-        try:
-            async with self._http.get(f"{self._url}/ready") as answer:
-                return answer.status == 200
-        except (aiohttp.ClientError, TimeoutError):
-            return False
-
     async def _introduced(self, record: Record) -> Record:
         """With what its engine says of itself; not ready where that fails."""
         try:
-            stats, models = await self._read("/stats"), await self._read("/v1/models")
+            stats, models = await self._server.read("/stats"), await self._server.read("/v1/models")
         except (aiohttp.ClientError, TimeoutError):
             return record
         cache_tokens = (stats["num_blocks"] - 1) * stats["block_size"]  # block 0 belongs to nobody
         card = models["data"][0]
         return replace(record, is_ready=True, num_starts=record.num_starts + 1, cache_tokens=cache_tokens, card=card)
 
-    async def _read(self, path: str) -> dict[str, Any]:
-        async with self._http.get(self._url + path, raise_for_status=True) as answer:
-            found: dict[str, Any] = await answer.json()
-            return found
-
-    @property
-    def _ended_with(self) -> int | None:
-        assert self._process is not None
-        return self._process.returncode
-
-    @property
-    def _url(self) -> str:
-        assert self._record is not None
-        return self._record.url
-
     # ------------------------------------------------------------------ what Ray Serve asks
     async def check_health(self) -> None:
         """Raises where Ray is to put another in its place."""
-        if self._ended_with is not None:
-            raise RuntimeError(f"the api_server ended with code {self._ended_with}")
+        if self._server.ended_with is not None:
+            raise RuntimeError(f"the api_server ended with code {self._server.ended_with}")
         with contextlib.suppress(TimeoutError):  # a machine that is cut off may come back: the engine tries again
-            async with asyncio.timeout(_ANSWER_S):
+            async with asyncio.timeout(ANSWER_S):
                 await asyncio.gather(*(actor.check.remote() for actor in self._rank_actors))
-        async with self._http.get(f"{self._url}/health") as answer:  # its own word: when the engine was last heard of
-            found = await answer.json()
+        found = await self._server.health()
         if found["status"] == "silent":
             raise RuntimeError(found["message"])
         if found["status"] == "down" and time.monotonic() - self._ready_s > _AWAY_S:
@@ -192,7 +142,7 @@ class Replica:
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """For `scaling.by_requests`. An engine that is away has nothing to do."""
         try:
-            stats = await self._read("/stats")
+            stats = await self._server.read("/stats")
         except (aiohttp.ClientError, TimeoutError):
             return {NUM_REQUESTS: 0.0}
         return {NUM_REQUESTS: float(stats["num_running"] + stats["num_waiting"])}
@@ -201,18 +151,7 @@ class Replica:
         """Ray Serve awaits this, and kills the actor where it takes longer than `END_S` and the answers' time."""
         if self._record is None:
             return
-        await self._end()
+        await self._server.end(self._end_s)
         self._beating.cancel()  # till now: answers that are under way are its own, and not lost
         with contextlib.suppress(ray.exceptions.RayError):
             await self._directory.drop.remote(self._record.name)
-
-    async def _end(self) -> None:
-        process = self._process
-        if process is not None and process.returncode is None:
-            process.terminate()
-            try:
-                async with asyncio.timeout(self._end_s):
-                    await process.wait()
-            except TimeoutError:
-                process.kill()
-        await self._http.close()

@@ -1,13 +1,7 @@
-"""What a cluster is to serve: `ClusterSpec`, from a TOML file or from ``--model`` texts. Frozen. Knows no Ray.
+"""What a cluster is to serve: `ClusterSpec`. Frozen. Knows no Ray, nor how it is written (`spec_reader`)."""
 
-Both name a model's settings as flags do, without the dashes, and all in one row: its own (`ModelSpec`), those of
-`EngineConfig`, and the limits of `ServerConfig` that are a model's affair.
-"""
-
-import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from lmtool.config import EngineConfig
@@ -16,8 +10,7 @@ from lmtool.server.config import ServerConfig
 
 _MOST_REPLICAS = 1024
 _SERVER_DEFAULTS = ServerConfig()
-_ENGINE = tuple(one.name for one in fields(EngineConfig) if one.init and one.name != "rank_hosts")  # Ray places them
-_SERVER = {  # as the flag of api_server is called -> field of ServerConfig
+SERVER_KEYS = {  # as the flag of api_server is called -> field of ServerConfig
     "http_processes": "num_http_processes",
     "max_queue": "max_queue",
     "request_timeout": "request_timeout_s",
@@ -145,82 +138,6 @@ class ClusterSpec:
         return tuple(model.name for model in self.models)
 
 
-def read_spec(path: Path) -> ClusterSpec:
-    """A TOML file of ``[[models]]`` tables. Raises ConfigError that names the file and the model."""
-    try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--config {path} cannot be read: {error}", "give a TOML file") from error
-    for key in found:
-        if key != "models":
-            raise ConfigError(f"--config {path}: {key!r} is no setting", "a file of models has [[models]] only")
-    tables = found.get("models", [])
-    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-        raise ConfigError(f"--config {path}: models is no list of tables", "begin each model with [[models]]")
-    return ClusterSpec(
-        tuple(_model(table, f"--config {path}: model {number}") for number, table in enumerate(tables, 1))
-    )
-
-
-def parse_models(texts: Sequence[str]) -> ClusterSpec:
-    """Of ``--model A,replicas=2,cache-gb=4`` each. Raises ConfigError that names the text."""
-    return ClusterSpec(tuple(_model(_settings(text), f"--model {text}") for text in texts))
-
-
-def _settings(text: str) -> dict[str, Any]:
-    model, *pairs = text.split(",")
-    settings: dict[str, Any] = {"model": model}
-    for pair in pairs:
-        key, sign, value = pair.partition("=")
-        if not sign:
-            raise ConfigError(f"--model {text}: {pair!r} has no value", "give key=value, as in replicas=2")
-        if key in settings:
-            raise ConfigError(f"--model {text}: {key!r} is there twice", "give it once")
-        settings[key] = _value(value)
-    return settings
-
-
-def _value(text: str) -> Any:
-    """A number, true or false, as TOML writes them; whatever is none of these is a text."""
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except ValueError:
-        return text
-    return value if isinstance(value, int | float) else text
-
-
-def _model(settings: Mapping[str, Any], where: str) -> ModelSpec:
-    own: dict[str, Any] = {}
-    engine: dict[str, Any] = {}
-    server: dict[str, Any] = {}
-    for key, value in settings.items():
-        name = key.replace("-", "_")
-        if name in _OWN:
-            place, name = own, name
-        elif name in _ENGINE:
-            place = engine
-        elif name in _SERVER:
-            place, name = server, _SERVER[name]
-            value = _hosts(value) if name == "allowed_image_hosts" else value
-        else:
-            known = ", ".join(sorted(one.replace("_", "-") for one in (*_OWN, *_ENGINE, *_SERVER)))
-            raise ConfigError(f"{where}: {key!r} is no setting", f"one of {known}")
-        if name in place:
-            raise ConfigError(f"{where}: {key!r} is there twice", "give it once")
-        place[name] = value
-    if "model" not in own:
-        raise ConfigError(f"{where} has no model", "give model = a folder, a file or a name")
-    try:
-        return ModelSpec(**{"name": _short(own["model"]), **own}, engine=engine, server=server)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error.cause}", error.fix) from None
-
-
-def _hosts(value: Any) -> Any:
-    """Of one or of a list."""
-    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
-
-
 def _check_kind(key: str, value: object) -> None:
     """What ServerConfig compares is to be comparable."""
     kind = type(getattr(_SERVER_DEFAULTS, key))
@@ -229,18 +146,10 @@ def _check_kind(key: str, value: object) -> None:
     else:
         sound = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
     if not sound:
-        flag = next(name for name, field in _SERVER.items() if field == key).replace("_", "-")
+        flag = next(name for name, field in SERVER_KEYS.items() if field == key).replace("_", "-")
         wanted = {int: "a whole number", float: "a number"}.get(kind, "a list of texts")
         raise ConfigError(f"{flag} is {value!r}", f"give {wanted}")
 
 
-def _short(model: Any) -> Any:
-    """What a model is called where nobody named it: of a path its last part."""
-    return Path(model).name if isinstance(model, str) and Path(model).exists() else model
-
-
 def _is_name(name: object) -> bool:
     return isinstance(name, str) and 0 < len(name) <= 200 and name.isprintable() and not any(map(str.isspace, name))
-
-
-_OWN = tuple(one.name for one in fields(ModelSpec) if one.name not in ("engine", "server"))

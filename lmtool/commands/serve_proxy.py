@@ -74,7 +74,8 @@ def proxy(
     if (config is None) == (not model):
         raise ConfigError("models come from --config or from --model", "give one of the two")
     from lmtool.cluster.routing import Policy
-    from lmtool.cluster.spec import ClusterSpec, parse_models, read_spec
+    from lmtool.cluster.spec import ClusterSpec
+    from lmtool.cluster.spec_reader import parse_models, read_spec
     from lmtool.server.config import ServerConfig
 
     def read() -> ClusterSpec:

@@ -32,7 +32,7 @@ from lmtool.server.refusals import json_response
 from lmtool.server.sessions import Turn
 from lmtool.server.sse import DONE, EventStream, event
 from lmtool.server.tools_messages import conversation
-from lmtool.server.translate import named, off_the_loop, requests
+from lmtool.server.translate import check_model, named, off_the_loop, requests
 from lmtool.tokenizer import Tokenizer
 
 _NOTHING = {"text": "", "tokens": 0, "input_tokens": 0, "history_tokens": 0, "cached_tokens": 0, "finish_reason": None}
@@ -82,6 +82,7 @@ class InteractiveTurn:
     """Raises Refusal for what is asked and cannot be."""
 
     def __init__(self, context: ServerContext, owner: str, body: InteractiveRequest) -> None:
+        check_model(context, body.model)
         if body.session_id < 0 and (body.interactive_mode or body.cancel):
             wish = "interactive_mode" if body.interactive_mode else "cancel"
             raise Refusal(400, f"{wish} has no session", "give a session_id of 0 or more", param="session_id")

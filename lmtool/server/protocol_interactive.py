@@ -16,9 +16,10 @@ class InteractiveRequest(Strict):
     cancel             end the turn that this session has under way, and answer nothing
     request_output_len null: up to the end of the context
     image_url          pictures for a prompt that is a text: data URLs, or as in chat
-    seed               not LMDeploy's
+    model, seed        not LMDeploy's
     """
 
+    model: str | None = None
     prompt: str | Many[Message] = ""
     session_id: Annotated[int, Field(ge=-1, lt=2**63)] = -1
     interactive_mode: bool = False

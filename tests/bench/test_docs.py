@@ -9,7 +9,7 @@ from lmtool.bench.kernel_cases import GROUPS
 from lmtool.bench.report import Report, read_report
 from lmtool.bench.shapes import SHAPES
 from lmtool.bench.workloads import MIXES
-from lmtool.cluster.spec import read_spec
+from lmtool.cluster.spec_reader import read_spec
 
 FOLDER = Path(__file__).parents[2] / "docs"
 DOCS = (FOLDER / "benchmarks.md").read_text(encoding="utf-8")

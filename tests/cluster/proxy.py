@@ -19,9 +19,9 @@ from tests.server import process
 from tests.server.process import LMTOOL, TIMEOUT_S, Process
 
 SMALL = "cpus=0.1,device=cpu,dtype=float32,cache-gb=0.05"
-PROMPT = {"prompt": "The lighthouse", "temperature": 0, "max_tokens": 40, "ignore_eos": True}
+PROMPT = {"prompt": "The lighthouse", "temperature": 0, "max_tokens": 16, "ignore_eos": True}
 KEY = {"Authorization": "Bearer secret"}
-until = partial(process.until, every_s=0.4)  # what it looks at costs what is waited for
+until = partial(process.until, every_s=0.8)  # what it looks at costs what is waited for
 
 
 class Proxy(Process):
@@ -65,7 +65,7 @@ class Load:
     With a little rest between two requests: on two cores whatever they take is missing where replicas start.
     """
 
-    NUM, REST_S = 4, 0.4
+    NUM, REST_S = 4, 0.6
 
     def __init__(self, proxy: Proxy, models: str = "ab") -> None:
         self._proxy, self._models = proxy, models
@@ -122,15 +122,14 @@ def end_of(answer: httpx.Response) -> str:
     return "whole"
 
 
-def refusal(*flags: str, before: Sequence[str] = (), env: Mapping[str, str] | None = None) -> str:
+def refusal(*flags: str) -> str:
     """The last line of a proxy that is not to start."""
-    words = [*before, LMTOOL, "serve", "proxy", *flags]
     done = subprocess.run(
-        words,
+        [LMTOOL, "serve", "proxy", *flags],
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
-        env={**os.environ, "OMP_NUM_THREADS": "1"} | (env or {}),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
     return done.stderr.splitlines()[-1]

@@ -43,6 +43,7 @@ def test_who_says_nothing_is_asked_only_where_nobody_else_is(clock):
     assert chosen(fleet) == "a"
     clock[0] += 2
     fleet.take_listing(listing(a=1, b=3))
+    assert [one.name for one in fleet.ready("m")] == ["b"]
     assert [chosen(fleet), chosen(fleet, "b")] == ["b", "a"]
     fleet.take_listing(listing(a=2, b=4))
     assert chosen(fleet) == "a"

@@ -96,8 +96,6 @@ def test_bad_requests_are_the_replicas_to_refuse_and_bad_json_ours(front):
         broken = client.post("/v1/completions", content=b"{", headers={"Content-Type": "application/json"})
         assert broken.json()["error"]["code"] == "invalid_json"
         assert client.post("/v1/completions", content=b"x").status_code == 400
-        memory = client.post("/v1/chat/interactive", json={"model": "one", "prompt": "x"})
-        assert (memory.status_code, memory.json()["error"]["code"]) == (501, "not_implemented")
         assert client.post("/v1/nothing", json={}).status_code == 404
 
 

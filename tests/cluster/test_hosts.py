@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("ray", reason="pip install '.[cluster]'")
 
 from tests.cluster.hosts import Hosts, two_hosts
-from tests.cluster.proxy import KEY, PROMPT, Load, Proxy, end_of, refusal, until
+from tests.cluster.proxy import KEY, PROMPT, Load, Proxy, end_of, until
 from tests.quant.models import tiny_folder
 
 SMALL = "device=cpu,dtype=float32,cache-gb=0.05"
@@ -82,10 +82,3 @@ def test_a_cut_link_costs_only_what_was_streaming_there_and_comes_back(hosts: Ho
     load.check()
     print(f"the longest waited {load.longest_s:.1f} s")
     assert load.longest_s < 20
-
-
-def test_what_an_engine_refuses_is_the_proxys_one_line(hosts: Hosts, model: Path) -> None:
-    flags = ["--port", "0", "--ray-address", hosts.ray_address, "--model"]
-    words = f"{model},name=long,cpus=0.1,{SMALL},session-len=999999"
-    line = refusal(*flags, words, before=hosts.command(1), env=hosts.env)
-    assert line.startswith("lmtool: error: long: --session-len 999999 is longer than the model's 128 tokens")

@@ -3,7 +3,7 @@
 import pytest
 
 from lmtool.cluster.machines import Machine, check_fit
-from lmtool.cluster.spec import parse_models
+from lmtool.cluster.spec_reader import parse_models
 from lmtool.errors import ConfigError
 
 

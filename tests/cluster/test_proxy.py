@@ -138,12 +138,16 @@ def test_a_killed_engine_costs_only_what_was_streaming_there(proxy: Proxy) -> No
 def test_a_killed_replica_costs_only_what_was_streaming_there_and_another_takes_its_place(proxy: Proxy) -> None:
     before = actors(proxy, "a")
     assert len(before) == 2
-    broken_before = proxy.metrics()["broken_answers_total", "a"]
+    broken_before, known = proxy.metrics()["broken_answers_total", "a"], set(proxy.answered("a"))
+
+    def newcomers() -> set[str]:
+        """That have answered somebody."""
+        return {name for name, number in proxy.answered("a").items() if number} - known
+
     with Load(proxy) as load:
         until(lambda: load.num("a") > 5 and load.num("b") > 5)
         os.kill(min(before), signal.SIGKILL)
-        until(lambda: not proxy.has_replicas(a=2, b=2))
-        until(lambda: proxy.has_replicas(a=2, b=2))
+        until(newcomers)
         until(lambda: len(actors(proxy, "a")) == 2)
     assert len(actors(proxy, "a") - before) == 1
     others = {end for model, end in load.ends if model == "b"}
@@ -164,7 +168,12 @@ def test_models_change_come_and_go_without_a_lost_request(proxy: Proxy) -> None:
     before = actors(proxy, "a"), actors(proxy, "b")
     reread(proxy, a, b + "replicas = 3", says="nothing was changed: --config")
     with Load(proxy) as load:
-        reread(proxy, a, b + "session-len = 100\n", c, says="starting of c; replacing or scaling replicas of b")
+        narrow = b + "session-len = 100\n"
+        wrong = c + "session-len = 999999\n"
+        reread(proxy, a, narrow, wrong, says="starting of c; replacing or scaling replicas of b")
+        refused = "a replica of c cannot start, and is tried again: --session-len 999999 is longer than the model's 128"
+        until(lambda: any(refused in line for line in proxy.said))
+        reread(proxy, a, narrow, c, says="replacing or scaling replicas of c")
         until(lambda: not actors(proxy, "b") & before[1] and proxy.has_replicas(a=2, b=2, c=1))
         until(lambda: names() == {"a": 128, "b": 100, "c": 128})
         after = actors(proxy, "b")

@@ -23,9 +23,12 @@ def test_where_nobody_listens():
     assert refusal(f"127.0.0.1:{port}").startswith(f"--ray-address 127.0.0.1:{port} cannot be reached: ")
 
 
-@pytest.mark.parametrize("address", ["", "x", "host:", ":1", "host:port"])
+@pytest.mark.parametrize("address", ["", "x", "host:", ":1", "host:port", "host:65536", "::1:6379"])
 def test_what_is_no_address(address):
-    assert refusal(address) == f"--ray-address is {address!r}; give auto or HOST:PORT, as `ray start --head` says it"
+    assert (
+        refusal(address)
+        == f"--ray-address: {address!r} is no address; give auto or HOST:PORT, as `ray start --head` says it"
+    )
 
 
 def test_versions_that_differ_are_named():

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lmtool.cluster.spec import ClusterSpec, ModelSpec, parse_models, read_spec
+from lmtool.cluster.spec import ClusterSpec, ModelSpec
+from lmtool.cluster.spec_reader import parse_models, read_spec
 from lmtool.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "cluster").glob("*.toml"))
