@@ -2,22 +2,20 @@
 
 import io
 import json
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from lmtool import GenerationConfig, pipeline
+from lmtool import GenerationConfig, cli, pipeline
 from lmtool.chat.backend import Backend, LocalBackend
 from lmtool.chat.http_backend import HttpBackend, InteractiveBackend
 from lmtool.chat.pictures import Picture
 from lmtool.chat.session import Session, Turn
 from lmtool.config import EngineConfig
 from lmtool.errors import InputError
-from tests.chat.terminal import REPO, Terminal
+from tests.chat.terminal import Terminal
 from tests.server.pictures import picture
 from tests.server.serving import Serving
 from tests.server.support import llava_engine
@@ -123,33 +121,37 @@ def test_counts_have_the_pictures_rows(local: LocalBackend, server: Serving) -> 
 
 
 # ---------------------------------------------------------------------- commands
-def lmtool(*words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "lmtool", *words],
-        capture_output=True,
-        text=True,
-        cwd=REPO,
-        timeout=240,
-        stdin=subprocess.DEVNULL,
-    )
-    assert done.returncode == code, done.stderr
-    return done
+@pytest.fixture
+def lmtool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """The command in this process: its exit code, stdout and stderr."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
+        return cli.main(list(words)), *capsys.readouterr()
+
+    return run
 
 
 HERE = ("--device", "cpu", "--dtype", "float32", "--session-len", "1024", "--cache-gb", "0.05")
 ASKED = ("--prompt", "What is this?", "--temperature", "0", "--max-new-tokens", "8")
 
 
-def test_one_answer_about_pictures(folder: Path, cat: Path, server: Serving, local: LocalBackend) -> None:
+def test_one_answer_about_pictures(
+    folder: Path, cat: Path, server: Serving, local: LocalBackend, lmtool: Callable[..., tuple[int, str, str]]
+) -> None:
     expected = said(local, Session(), "What is this?", CAT, CAT)
     images = ("--image", str(cat), "--image", str(cat))
-    here = json.loads(lmtool("chat", str(folder), *HERE, *ASKED, *images, "--json").stdout)
-    there = json.loads(lmtool("serve", "api_client", server.url, *ASKED, *images, "--json").stdout)
-    for found in (here, there):
+    here = lmtool("chat", str(folder), *HERE, *ASKED, *images, "--json")
+    there = lmtool("serve", "api_client", server.url, *ASKED, *images, "--json")
+    for code, out, err in (here, there):
+        assert (code, err) == (0, "")
+        found = json.loads(out)
         assert (found["text"], found["num_prompt_tokens"]) == expected
-    shown = lmtool("chat", str(folder), *ASKED, *images, "--show-prompt")
-    assert shown.stdout.count("<image>") == 2
-    assert f"lmtool: {expected[1]:,} tokens" in shown.stderr
+    code, out, err = lmtool("chat", str(folder), *ASKED, *images, "--show-prompt")
+    assert code == 0
+    assert out.count("<image>") == 2
+    assert f"lmtool: {expected[1]:,} tokens" in err
 
 
 @pytest.mark.parametrize(
@@ -157,13 +159,16 @@ def test_one_answer_about_pictures(folder: Path, cat: Path, server: Serving, loc
     [
         (("chat", "no-such-model", "--prompt", "x", "--image", "nothing.png"), "nothing.png cannot be read"),
         (("chat", "smollm2-135m", "--prompt", "x", "--image", "CAT"), "--image: this model takes no pictures"),
-        (("serve", "api_client", "http://127.0.0.1:1", "--prompt", "x", "--image", "README.md"), "is no picture"),
+        (("serve", "api_client", "http://127.0.0.1:1", "--prompt", "x", "--image", __file__), "is no picture"),
     ],
 )
-def test_what_cannot_be_is_one_line(words: tuple[str, ...], message: str, cat: Path) -> None:
-    done = lmtool(*(str(cat) if word == "CAT" else word for word in words), code=2)
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_what_cannot_be_is_one_line(
+    words: tuple[str, ...], message: str, cat: Path, lmtool: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, out, err = lmtool(*(str(cat) if word == "CAT" else word for word in words))
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
 
 
 def test_a_chat_begins_with_a_picture(server: Serving, cat: Path, tmp_path: Path) -> None:

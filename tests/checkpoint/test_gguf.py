@@ -1,5 +1,6 @@
 """GGUF: names, order of rows, every type against the gguf package, and refusals of broken files."""
 
+import functools
 import importlib.metadata
 import struct
 from pathlib import Path
@@ -235,10 +236,12 @@ def test_the_real_file(smollm2: GgufCheckpoint) -> None:
 
 
 @pytest.mark.slow
-def test_the_real_file_s_tensors_are_transformers_own(smollm2: GgufCheckpoint) -> None:
+def test_the_real_file_s_tensors_are_transformers_own(smollm2: GgufCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+    # for each of 397 modules it makes the same table of names anew: seven seconds
+    monkeypatch.setattr(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
     with torch.device("meta"):
         named = LlamaForCausalLM(LlamaConfig(**smollm2.config))
     read = load_gguf_checkpoint(str(smollm2.path), return_tensors=True, model_to_load=named)

@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from lmtool import cli
+from lmtool.bench import limits
 from tests.convert.test_refusals import contents, refused
 from tests.models.test_quantized import quantize
 from tests.quant.models import text_file, tiny_folder
@@ -96,7 +97,10 @@ def test_lite_reads_a_workspace_as_it_reads_the_model(capsys: pytest.CaptureFixt
     assert "is quantized already" in line
 
 
-def test_bench_runs_a_workspace(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_runs_a_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "_CPU_BUFFER_BYTES", 8 << 20)  # the machine's limits in milliseconds
+    monkeypatch.setattr(limits, "_CPU_MATMUL_SIZE", 128)
+    monkeypatch.setattr(limits, "_LEAST_S", 0)
     run("lmtool convert ./model")
     Path("workspace/engine.toml").write_text("max_batch_size = 2\n")
     run(

@@ -52,7 +52,9 @@ def test_what_awq_cannot_say_is_written_in_gptqs_format(
     said_of_weights = json.loads((here / "out" / "config.json").read_text())["quantization_config"]
     assert said_of_weights["quant_method"] == "gptq"
     assert (said_of_weights["bits"], said_of_weights["sym"]) == (bits, symmetric)
-    assert lite("auto_awq model --calib-samples 0 --w-group-size 32 --work-dir plain --w_sym False") == 0
+    assert (
+        lite("auto_awq model --calib-samples 0 --w-group-size 32 --eval-windows 0 --work-dir plain --w_sym False") == 0
+    )
     assert "GPTQ" not in capsys.readouterr().err
 
 
@@ -61,7 +63,7 @@ def test_the_course_s_calibrate_and_then_auto_awq_in_its_folder(here: Path) -> N
     assert lite(line) == 0
     before = load_file(here / "out" / "calibration" / "key_value.safetensors")
     assert before["layers.2.v.absmax"].shape == (2, 16)
-    assert lite("auto-awq model --calib-samples 0 --w-group-size 32 --work-dir out") == 0
+    assert lite("auto-awq model --calib-samples 0 --w-group-size 32 --eval-windows 0 --work-dir out") == 0
     assert (here / "out" / "config.json").exists()
     assert (here / "out" / "calibration" / "key_value.safetensors").exists()
 
@@ -101,7 +103,7 @@ def test_fresh_leaves_nothing_of_the_old_model(here: Path) -> None:
 def test_other_options_are_refused_before_the_model_writes_a_text(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert lite("auto_awq model --calib-samples 0 --w-group-size 32 --work-dir out") == 0
+    assert lite("auto_awq model --calib-samples 0 --w-group-size 32 --eval-windows 0 --work-dir out") == 0
     capsys.readouterr()
     assert lite("auto_awq model --w-group-size 32 --calib-seqlen 64 --work-dir out") == 2
     shown = capsys.readouterr().err
@@ -146,7 +148,7 @@ def test_refused_in_one_line(line: str, message: str, here: Path, capsys: pytest
 
 
 def test_an_unfinished_work_dir_is_not_taken_for_a_model(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert lite("auto_awq model --calib-samples 0 --w-group-size 32 --work-dir out") == 0
+    assert lite("auto_awq model --calib-samples 0 --w-group-size 32 --eval-windows 0 --work-dir out") == 0
     (here / "out" / "config.json").unlink()
     capsys.readouterr()
     assert lite("auto_awq out --calib-samples 0 --work-dir twice") == 2

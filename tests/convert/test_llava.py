@@ -1,8 +1,6 @@
 """A LLaVA → a workspace → the files that it came from: the same numbers and codes under the same names."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -343,23 +341,18 @@ def test_a_text_model_s_manifest_is_as_it_was(tmp_path: Path) -> None:
 # ------------------------------------------------------------------ commands that read text alone
 
 
-def lmtool(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "lmtool", *map(str, words)], capture_output=True, text=True, check=False
-    )
+def test_kv_qparams_and_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def lmtool(*words: object) -> None:
+        assert cli.main([str(word) for word in words]) == 0, capsys.readouterr().err
 
-
-def test_kv_qparams_and_eval(tmp_path: Path) -> None:
     model, work, text = tmp_path / "model", tmp_path / "work", text_file(tmp_path / "text.txt")
     tiny_llava(model)
     workspace, _ = to_workspace(model)
     flags = ("--calib-dataset", text, "--calib-samples", 2, "--calib-seqlen", 32, "--device", "cpu")
-    done = lmtool("lite", "calibrate", model, "--work-dir", work, *map(str, flags))
-    assert done.returncode == 0, done.stderr
-    done = lmtool("lite", "kv_qparams", "--work-dir", work, "--turbomind-dir", workspace)
-    assert done.returncode == 0, done.stderr
+    lmtool("lite", "calibrate", model, "--work-dir", work, *flags)
+    lmtool("lite", "kv_qparams", "--work-dir", work, "--turbomind-dir", workspace)
     assert (workspace / "kv_cache.safetensors").exists()
     evaluation = ("--text", text, "--windows", "1", "--window-len", "32", "--device", "cpu", "--json", "-")
-    done = lmtool("lite", "eval", model, "--against", workspace, *evaluation)
-    assert done.returncode == 0, done.stderr
-    assert abs(json.loads(done.stdout)["kl"]["value"]) < 1e-6
+    capsys.readouterr()
+    lmtool("lite", "eval", model, "--against", workspace, *evaluation)
+    assert abs(json.loads(capsys.readouterr().out)["kl"]["value"]) < 1e-6

@@ -109,20 +109,20 @@ def test_a_pickle_that_runs_code_is_refused(pickled: Path, capsys: pytest.Captur
 def test_what_is_no_weights_is_refused(
     content: object, said: str, pickled: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    torch.save(content, pickled / "pytorch_model-00002-of-00002.bin")
+    torch.save(content, pickled / "pytorch_model-00001-of-00002.bin")  # the first that is opened
     assert said in refused(capsys, "convert", pickled, "--allow-bin", "--dst-path", pickled.parent / "w")
 
 
 def test_a_few_bytes_that_would_fill_the_memory(pickled: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.save({"a": torch.zeros(1).expand(1 << 40)}, pickled / "pytorch_model-00002-of-00002.bin")
+    torch.save({"a": torch.zeros(1).expand(1 << 40)}, pickled / "pytorch_model-00001-of-00002.bin")
     line = refused(capsys, "convert", pickled, "--allow-bin", "--dst-path", pickled.parent / "w")
     assert "'a' repeats what is stored of it" in line
 
 
 def test_what_is_no_pickle_is_not_called_one(pickled: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (pickled / "pytorch_model-00002-of-00002.bin").write_text("hello")
+    (pickled / "pytorch_model-00001-of-00002.bin").write_text("hello")
     line = refused(capsys, "convert", pickled, "--allow-bin", "--dst-path", pickled.parent / "w")
-    assert "pytorch_model-00002-of-00002.bin cannot be read" in line
+    assert "pytorch_model-00001-of-00002.bin cannot be read" in line
 
 
 def test_two_files_of_one_name(pickled: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,7 +148,7 @@ def test_a_single_pickle_is_told_what_to_give(pickled: Path, capsys: pytest.Capt
 
 
 def test_a_broken_pickle_is_told(pickled: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = pickled / "pytorch_model-00002-of-00002.bin"
+    file = pickled / "pytorch_model-00001-of-00002.bin"
     os.truncate(file, file.stat().st_size // 2)
     assert file.name in refused(capsys, "convert", pickled, "--allow-bin", "--dst-path", pickled.parent / "w")
 

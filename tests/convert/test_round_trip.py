@@ -1,6 +1,7 @@
 """A checkpoint → a workspace → Hugging Face's files: the same numbers, the same codes, the same logits."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -248,7 +249,8 @@ def test_as_written_every_setting_of_engine_toml_can_be_turned_on(tmp_path: Path
     file = workspace / "engine.toml"
     settings = [line.removeprefix("# ") for line in file.read_text().splitlines() if " = " in line]
     assert len(settings) == 9
-    file.write_text("\n".join(settings).replace("cache_gb = 4.0", "cache_gb = 0.01"))
+    small = re.sub(r"(cache\w*_gb) = [0-9.]+", r"\1 = 0.01", "\n".join(settings))  # whatever memory is free
+    file.write_text(small)
     assert load_engine(workspace, EngineConfig(device="cpu")).plan.session_len == 128
 
 

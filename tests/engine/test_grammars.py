@@ -1,6 +1,7 @@
 """Grammars in processes of their own, over a vocabulary of bytes: what is allowed when, and what becomes of a grammar
 that is wrong, hostile, slow or dead. No model."""
 
+import contextlib
 import json
 import os
 import signal
@@ -33,6 +34,18 @@ def shared() -> Iterator[Grammars]:
     made = Grammars(lambda: VOCABULARY, LIMITS)
     yield made
     made.close()
+
+
+@contextlib.contextmanager
+def limited(shared: Grammars, limits: GrammarLimits) -> Iterator[Grammars]:
+    """Grammars of its own, forks of the process that ``shared`` has: to load the library takes seconds."""
+    made = Grammars(lambda: VOCABULARY, limits)
+    made._worker = shared._worker
+    try:
+        yield made
+    finally:
+        for process in made._processes:
+            process.connection.close()
 
 
 def heard(grammars: Grammars, *constraints: Constraint) -> None:
@@ -179,16 +192,15 @@ def test_a_monster_ends_itself_or_works_and_nobody_else_notices(source: GrammarS
     shared.leave(bystander)
 
 
-def test_a_grammar_that_needs_too_much_memory() -> None:
-    grammars = Grammars(lambda: VOCABULARY, GrammarLimits(memory_bytes=8 << 20))  # the glutton needs 24 to 32
-    bystander = follow(grammars, DIGITS, "1")
-    glutton = follow(grammars, monsters()["a huge enum"])
-    assert isinstance(glutton.error, RequestError)
-    assert "needs too much memory" in str(glutton.error)
-    bystander.advance(ord("2"))
-    heard(grammars, bystander)
-    assert "∎" in allowed(bystander)
-    grammars.close()
+def test_a_grammar_that_needs_too_much_memory(shared: Grammars) -> None:
+    with limited(shared, GrammarLimits(memory_bytes=8 << 20)) as grammars:  # the glutton needs 24 to 32
+        bystander = follow(grammars, DIGITS, "1")
+        glutton = follow(grammars, monsters()["a huge enum"])
+        assert isinstance(glutton.error, RequestError)
+        assert "needs too much memory" in str(glutton.error)
+        bystander.advance(ord("2"))
+        heard(grammars, bystander)
+        assert "∎" in allowed(bystander)
 
 
 def test_catastrophic_patterns_are_harmless(shared: Grammars) -> None:
@@ -257,55 +269,52 @@ def test_the_process_they_come_from_is_started_again(shared: Grammars) -> None:
         shared.leave(one)
 
 
-def test_grammars_are_kept_while_there_is_room_and_wait_where_there_is_none() -> None:
-    grammars = Grammars(lambda: VOCABULARY, GrammarLimits(num_processes=2))
-    sources = [GrammarSource("regex", letter) for letter in "abc"]
-    first, second = (follow(grammars, source) for source in sources[:2])
-    third = grammars.follow(sources[2])
-    aborted = grammars.follow(sources[2])
-    for _ in range(3):
-        assert third not in grammars.poll()
-    assert third.allowed is None
-    grammars.leave(aborted)
-    grammars.leave(second)
-    heard(grammars, third)
-    assert allowed(third) == "c"
-    assert allowed(first) == "a"
-    grammars.leave(third)
-    kept = {id(process) for process in grammars._processes}
-    again = follow(grammars, sources[2])
-    assert id(again.follower) in kept
-    grammars.close()
+def test_grammars_are_kept_while_there_is_room_and_wait_where_there_is_none(shared: Grammars) -> None:
+    with limited(shared, GrammarLimits(num_processes=2)) as grammars:
+        sources = [GrammarSource("regex", letter) for letter in "abc"]
+        first, second = (follow(grammars, source) for source in sources[:2])
+        third = grammars.follow(sources[2])
+        aborted = grammars.follow(sources[2])
+        for _ in range(3):
+            assert third not in grammars.poll()
+        assert third.allowed is None
+        grammars.leave(aborted)
+        grammars.leave(second)
+        heard(grammars, third)
+        assert allowed(third) == "c"
+        assert allowed(first) == "a"
+        grammars.leave(third)
+        kept = {id(process) for process in grammars._processes}
+        again = follow(grammars, sources[2])
+        assert id(again.follower) in kept
 
 
-def test_answers_that_go_on_together_are_heard_of_together() -> None:
-    grammars = Grammars(lambda: VOCABULARY)
-    answers = [grammars.follow(GrammarSource("regex", "[ab]*")) for _ in range(3)]
-    heard(grammars, *answers)
-    together = 0
-    for _ in range(100):
-        for one in answers:
-            one.advance(ord("a"))
-        together += len(grammars.gather()) == 3
+def test_answers_that_go_on_together_are_heard_of_together(shared: Grammars) -> None:
+    with limited(shared, GrammarLimits()) as grammars:
+        answers = [grammars.follow(GrammarSource("regex", "[ab]*")) for _ in range(3)]
         heard(grammars, *answers)
-    assert together > 0
-    grammars.close()
+        together = 0
+        for _ in range(100):
+            for one in answers:
+                one.advance(ord("a"))
+            together += len(grammars.gather()) == 3
+            heard(grammars, *answers)
+        assert together > 0
 
 
-def test_many_answers_of_one_grammar_are_spread_over_processes_while_there_is_room() -> None:
-    grammars = Grammars(lambda: VOCABULARY, GrammarLimits(num_processes=2, num_answers=3))
-    answers = [grammars.follow(DIGITS) for _ in range(10)]
-    heard(grammars, *answers)
-    assert sorted(len(process.answers) for process in grammars._processes) == [5, 5]
-    other = grammars.follow(GrammarSource("regex", "b"))
-    for one in answers:
-        one.advance(ord("7"))
-    heard(grammars, *answers)
-    assert other.allowed is None
-    for one in answers:
-        grammars.leave(one)
-    heard(grammars, other)
-    grammars.close()
+def test_many_answers_of_one_grammar_are_spread_over_processes_while_there_is_room(shared: Grammars) -> None:
+    with limited(shared, GrammarLimits(num_processes=2, num_answers=3)) as grammars:
+        answers = [grammars.follow(DIGITS) for _ in range(10)]
+        heard(grammars, *answers)
+        assert sorted(len(process.answers) for process in grammars._processes) == [5, 5]
+        other = grammars.follow(GrammarSource("regex", "b"))
+        for one in answers:
+            one.advance(ord("7"))
+        heard(grammars, *answers)
+        assert other.allowed is None
+        for one in answers:
+            grammars.leave(one)
+        heard(grammars, other)
 
 
 def test_an_answer_that_ends_while_its_grammar_is_compiled_costs_nothing(shared: Grammars) -> None:

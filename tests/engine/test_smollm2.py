@@ -63,6 +63,7 @@ def reference() -> Any:
     return model
 
 
+@pytest.mark.slow
 def test_greedy_equals_transformers(exact: Pipeline, reference: Any) -> None:
     """20 prompts x 64 tokens, all at once here; there each is scored whole: every token must be its step's argmax."""
     responses = exact(QUESTIONS, GREEDY)

@@ -54,17 +54,16 @@ def pipe() -> Iterator[Pipeline]:
         yield made
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.5])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(("temperature", "seed"), [(0.0, 0), (1.5, 0), (1.5, 1)])
 def test_answers_by_a_schema_are_valid(temperature: float, seed: int, pipe: Pipeline) -> None:
     response = pipe(QUESTION, config(PERSON, temperature=temperature, seed=seed, max_new_tokens=400))
     assert response.finish_reason == "stop"
     Person.model_validate_json(response.text, strict=True)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.5])
-def test_answers_by_pattern_choice_and_grammar(temperature: float, pipe: Pipeline) -> None:
-    for seed in range(3):
+@pytest.mark.parametrize(("temperature", "seeds"), [(0.0, 1), (1.5, 3)])  # without temperature a seed changes nothing
+def test_answers_by_pattern_choice_and_grammar(temperature: float, seeds: int, pipe: Pipeline) -> None:
+    for seed in range(seeds):
         settings = {"temperature": temperature, "seed": seed}
         phone, colour, total = (pipe("Say something.", config(form, **settings)) for form in (PHONE, CHOICE, SUM))
         assert re.fullmatch(PHONE["regex_schema"], phone.text)
@@ -81,6 +80,7 @@ def test_any_object(pipe: Pipeline) -> None:
     assert text.startswith("{")
 
 
+@pytest.mark.slow
 def test_different_grammars_beside_free_answers() -> None:
     """In one batch, what is free is what it is without the others, by the rule of docs/design.md."""
     free = config(max_new_tokens=24, ignore_eos=True)
@@ -192,12 +192,13 @@ def test_an_abort_while_the_grammar_is_compiled_and_one_that_is_refused(core: En
     core.add(request(32, [1, 2], max_new_tokens=4, response_format={"type": "regex_schema", "regex_schema": "(("}))
     core.add(request(33, [3], max_new_tokens=9, response_format=WORDS))
     answers: dict[int, list[int]] = {31: [], 33: []}
-    collect(core.step(), answers)
+    outputs = core.step()  # the refusal may be among them
     assert core.has_work
     aborted = core.abort(30)
     assert aborted is not None
     assert aborted.finish_reason == "abort"
-    errors = {}
+    errors = {o.request_id: o.error for o in outputs if o.error is not None}
+    collect([o for o in outputs if o.error is None], answers)
     while core.has_work:
         outputs = core.step()
         errors |= {o.request_id: o.error for o in outputs if o.error is not None}

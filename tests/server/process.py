@@ -41,8 +41,12 @@ class Process:
         ready = threading.Event()
         self._listening = threading.Thread(target=self._listen, args=(ready,), daemon=True)
         self._listening.start()
-        assert ready.wait(TIMEOUT_S), self.said
-        assert self.url, self.said
+        try:
+            assert ready.wait(TIMEOUT_S), self.said
+            assert self.url, self.said
+        except BaseException:  # nobody will leave what was not entered: its processes would stay
+            self._end()
+            raise
         return self
 
     def _listen(self, ready: threading.Event) -> None:
@@ -57,6 +61,9 @@ class Process:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._end()
+
+    def _end(self) -> None:
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.wait()

@@ -15,8 +15,9 @@ import httpx
 from tests.server.process import Process, until
 
 TIMEOUT_S = 300.0
-MOST_TOKENS = 16
+NUM_TOKENS = (1, 3, 8, 16)  # that an answer may have
 NUM_PROMPTS = 12
+VOCABULARY = 8192  # of which their tokens are
 _AT_ONCE = 12
 _JSON = {"Content-Type": "application/json"}
 
@@ -43,7 +44,7 @@ class Soak:
         limits = httpx.Limits(max_connections=_AT_ONCE)
         async with httpx.AsyncClient(base_url=self.url, timeout=TIMEOUT_S, limits=limits) as client:
             for prompt in range(NUM_PROMPTS):
-                for num_tokens in range(1, MOST_TOKENS + 1):
+                for num_tokens in NUM_TOKENS:
                     self._alone[prompt, num_tokens] = await self._whole(client, prompt, num_tokens)
             numbers = iter(range(self.num_requests))
 
@@ -62,14 +63,14 @@ class Soak:
 
     # ------------------------------------------------------------------ kinds of clients
     async def _waits(self, client: httpx.AsyncClient, draw: random.Random) -> None:
-        prompt, num_tokens = draw.randrange(NUM_PROMPTS), draw.randint(1, MOST_TOKENS)
+        prompt, num_tokens = draw.randrange(NUM_PROMPTS), draw.choice(NUM_TOKENS)
         expected = self._alone[prompt, num_tokens]
         text = await (self._streamed if draw.random() < 0.5 else self._whole)(client, prompt, num_tokens)
         if text != expected:
             self.wrong.append(f"{prompt}: {text!r} instead of {expected!r}")
 
     async def _leaves(self, client: httpx.AsyncClient, draw: random.Random) -> None:
-        body = body_of(draw.randrange(NUM_PROMPTS), draw.choice([MOST_TOKENS, 300]), n=draw.randint(1, 3))
+        body = body_of(draw.randrange(NUM_PROMPTS), draw.choice([16, 300]), n=draw.randint(1, 3))
         if draw.random() < 0.5:
             num_lines = draw.randint(0, 20)
             async with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
@@ -116,7 +117,7 @@ class Soak:
 def body_of(prompt: int, num_tokens: int, **settings: Any) -> dict[str, Any]:
     """Prompts of 10 to some 150 tokens, the longer ones beginning alike."""
     draw = random.Random(prompt)
-    ids = [*range(200, 200 + 10 * prompt), *(draw.randrange(1000, 40000) for _ in range(10 + prompt))]
+    ids = [*range(200, 200 + 10 * prompt), *(draw.randrange(1000, VOCABULARY) for _ in range(10 + prompt))]
     return {"prompt": ids, "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True, **settings}
 
 

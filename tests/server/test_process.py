@@ -158,8 +158,13 @@ def test_a_port_that_is_taken():
             assert line.startswith(f"lmtool: error: cannot listen on 127.0.0.1 port {port}: ")
 
 
-def test_what_the_engine_refuses_is_the_servers_one_line():
-    assert "--session-len" in refusal("smollm2-135m", "--port", "0", "--session-len", "999999")
+def test_what_the_engine_refuses_is_the_servers_one_line_and_a_public_address_without_keys_is_said_loudly():
+    done = run_to_its_end("smollm2-135m", "--port", "0", "--host", "0.0.0.0", "--session-len", "999999")
+    assert (done.returncode, done.stdout) == (2, "")
+    warning, line = done.stderr.splitlines()
+    assert "warning" in warning
+    assert "give --api-keys" in warning
+    assert line.startswith("lmtool: error: --session-len")
 
 
 @pytest.mark.parametrize(
@@ -193,8 +198,3 @@ def test_a_settings_file_is_read_as_flags_are(tmp_path):
     assert "--max-queue is -5" in refusal(
         "smollm2-135m", "--config", str(config), "--max-queue", "-5", LMTOOL_MAX_QUEUE="-4"
     )
-
-
-def test_a_public_address_without_keys_is_said_loudly():
-    done = run_to_its_end("smollm2-135m", "--host", "0.0.0.0", "--session-len", "999999")
-    assert "give --api-keys" in done.stderr
