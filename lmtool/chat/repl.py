@@ -60,6 +60,8 @@ class Repl:
         self._greet()
         try:
             return self._loop()
+        except KeyboardInterrupt:  # while the one before was still being answered
+            return EXIT_INTERRUPTED
         finally:
             if self._pump is not None:
                 self._pump.wait(_TWICE_S)

@@ -5,6 +5,7 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,9 @@ class Terminal:
 
     def wait(self, pattern: str, *, on_screen: bool = True) -> str:
         """Until the regular expression is found in the text (or in the raw bytes); fails showing the screen."""
-        deadline = time.monotonic() + TIMEOUT_S
-        while not re.search(pattern, self.text if on_screen else self.raw, re.MULTILINE):
-            if not self._read(deadline):
-                raise AssertionError(f"never saw {pattern!r}; the screen was:\n{self.text.strip()}")
-        return self.text
+        return self._until(
+            lambda: re.search(pattern, self.text if on_screen else self.raw, re.MULTILINE) is not None, repr(pattern)
+        )
 
     def ask(self, question: str, pattern: str) -> str:
         """Type a line, wait for what it brings, and for the prompt behind it."""
@@ -79,8 +78,13 @@ class Terminal:
         return self.prompt()
 
     def prompt(self) -> str:
-        """Until an empty prompt is there."""
-        return self.wait(r"^>\s*$(?![\s\S]*^> \S)")
+        """Until the cursor stands in an empty prompt: one further up is an old one, and takes no keys any more."""
+
+        def is_there() -> bool:
+            cursor = self._screen.cursor
+            return cursor.x == len("> ") and self._screen.display[cursor.y].rstrip() == ">"
+
+        return self._until(is_there, "an empty prompt")
 
     def end(self) -> int:
         """Until the program has ended; its exit code."""
@@ -98,6 +102,13 @@ class Terminal:
             self.child.kill(signal.SIGKILL)
             self.child.wait()
         self.child.close()
+
+    def _until(self, condition: Callable[[], bool], what: str) -> str:
+        deadline = time.monotonic() + TIMEOUT_S
+        while not condition():
+            if not self._read(deadline):
+                raise AssertionError(f"never saw {what}; the screen was:\n{self.text.strip()}")
+        return self.text
 
     def _read(self, deadline: float) -> bool:
         try:

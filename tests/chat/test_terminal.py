@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -114,13 +115,21 @@ def test_ctrl_c_at_an_empty_prompt_hints_and_then_leaves_with_130(chat: Terminal
     assert chat.end() == 130
 
 
+def test_ctrl_c_between_two_prompts_leaves_with_130(chat: Terminal) -> None:
+    chat.send(CTRL_C)
+    chat.wait("Ctrl-C again leaves")
+    chat.child.kill(signal.SIGINT)
+    assert chat.end() == 130
+
+
 def test_an_input_between_two_ctrl_c_takes_the_hint_back(chat: Terminal) -> None:
     chat.send(CTRL_C)
     chat.wait("Ctrl-C again leaves")
     chat.prompt()
     chat.ask("hello", "answer 1")
     chat.send(CTRL_C)
-    chat.wait(r"(?s)again leaves.*answer 1.*again leaves[^\n]*\n+>")  # between two prompts a Ctrl-D is the terminal's
+    chat.wait(r"(?s)again leaves.*answer 1.*again leaves")
+    chat.prompt()  # between two prompts a Ctrl-D is the terminal's
     chat.send(CTRL_D)
     assert chat.end() == 0
 
