@@ -53,24 +53,37 @@ def resolve_model(
 
     Raises CheckpointError saying what was tried.
     """
-    from lmtool.checkpoint.manifest import workspace_of
-
-    path = workspace_of(Path(name).expanduser())
-    if name and path.exists():
+    check_name(name)
+    path = _path_of(name)
+    if path is not None:
         if revision is not None:
             raise CheckpointError(f"--revision {revision}: {name} is on this machine", "leave it out, or give a hub id")
         return path
     if name in SHORT_NAMES:
         installed = None if revision else SHORT_NAMES[name].installed_file()  # a revision is the hub's
         return installed or _download(SHORT_NAMES[name].hub_id, revision, download_dir, allow_bin)
-    if HUB_ID.fullmatch(name) and not name.startswith(".") and path.suffix != ".gguf":
-        return _download(name, revision, download_dir, allow_bin)
+    return _download(name, revision, download_dir, allow_bin)
+
+
+def check_name(name: str) -> None:
+    """Raises CheckpointError where nothing of this name is here and none can be on the hub. Asks nobody."""
+    may_be_on_hub = HUB_ID.fullmatch(name) and not name.startswith(".") and not name.endswith(".gguf")
+    if _path_of(name) is not None or name in SHORT_NAMES or may_be_on_hub:
+        return
     near = get_close_matches(name, SHORT_NAMES, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]}? " if near else ""
     raise CheckpointError(
         f"{name!r} is no folder or .gguf file here, no short name and no hub id (organisation/model)",
         f"{hint}`lmtool list` shows the short names",
     )
+
+
+def _path_of(name: str) -> Path | None:
+    """The folder or file of that name that is here."""
+    from lmtool.checkpoint.manifest import workspace_of
+
+    path = workspace_of(Path(name).expanduser())
+    return path if name and path.exists() else None
 
 
 def _download(hub_id: str, revision: str | None, download_dir: Path | None, allow_bin: bool) -> Path:

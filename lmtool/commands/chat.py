@@ -180,7 +180,9 @@ def check_combination(question: str | None, *, json: bool, show_prompt: bool, lo
 def load_pipeline(source: Source, engine: EngineConfig) -> Any:
     """A Pipeline; a person at a terminal sees how far it is."""
     from lmtool.chat.loading import loading
+    from lmtool.checkpoint.hub import check_name
 
+    check_name(source.model)  # torch, and so the engine, takes seconds to import
     with loading(source.model) as progress:
         from lmtool.engine.pipeline import pipeline
 
