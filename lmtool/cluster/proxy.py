@@ -21,8 +21,8 @@ from lmtool.cluster.routing import Policy, Router
 from lmtool.cluster.spec import ClusterSpec
 from lmtool.errors import InputError
 from lmtool.server.config import ServerConfig
+from lmtool.server.doors import address_of, bind
 from lmtool.server.http_process import uvicorn_server
-from lmtool.server.supervisor import address_of, bind
 
 if TYPE_CHECKING:  # whose module imports Ray, which has to hear of its token before
     from lmtool.cluster.served import Served

@@ -18,7 +18,8 @@ from lmtool import log
 from lmtool.checkpoint.hub import resolve_model
 from lmtool.cluster.orders import FailedStart, ReplicaOrders, ReplicaSays
 from lmtool.errors import LmtoolError
-from lmtool.server.supervisor import Launch, address_of, bind, serve_at
+from lmtool.server.doors import address_of, bind
+from lmtool.server.supervisor import Launch, serve_at
 
 _INSIST_S = 0.2
 

@@ -22,14 +22,19 @@ import msgspec
 
 from lmtool import log
 from lmtool.child import module_command, module_environment
-from lmtool.errors import ConfigError, EngineError
+from lmtool.errors import EngineError
 from lmtool.server.config import ServerConfig
+from lmtool.server.doors import address_of, bind
 from lmtool.server.engine_client import EngineClient
 from lmtool.server.orders import EngineOrders, HttpOrders
 
 _log = logging.getLogger(__name__)
 _MOST_FAILED_STARTS = 3  # in a row; then it is not worth another
 _AGAIN_S, _MOST_REST_S = 0.5, 30.0  # before another start; twice as long after each that failed
+# An engine that was ready and has said nothing for so long will not: a kernel does not end, a disk does not answer. Far
+# more than a step takes; `/health` says sooner that it is silent.
+_STILL_S = 600.0
+_LOOK_S = 5.0
 _INTERRUPTED = 130
 _END_S = 10.0  # what a process that is told to end may take
 
@@ -75,34 +80,6 @@ def _private_folder() -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def bind(config: ServerConfig) -> list[socket.socket]:
-    """A socket for each HTTP process, all at one address. Raises ConfigError where it is taken or not ours."""
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    several = config.num_http_processes > 1
-    doors: list[socket.socket] = []
-    port = config.port
-    try:
-        if several and port:  # sockets that share a port would share it with a server that is there already
-            with socket.socket(family) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind((config.host, port))
-        for _ in range(config.num_http_processes):
-            door = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-            doors.append(door)
-            door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if several:
-                door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            door.bind((config.host, port))
-            port = door.getsockname()[1]
-    except OSError as error:
-        for door in doors:
-            door.close()
-        raise ConfigError(
-            f"cannot listen on {config.host} port {port}: {error.strerror or error}", "give another --server-port"
-        ) from error
-    return doors
 
 
 class _Run:
@@ -173,7 +150,10 @@ class _Run:
                 "engine_process", self._listener.fileno(), msgspec.json.encode(self._engine_orders())
             )
             began = time.monotonic()
-            if await self._is_to_end(process):
+            looking = asyncio.create_task(self._kill_where_still(process))
+            is_to_end = await self._is_to_end(process)
+            looking.cancel()
+            if is_to_end:
                 await self._http_over.wait()  # until then somebody may wait for an answer
                 await self._let_end(process)
                 return
@@ -207,6 +187,16 @@ class _Run:
         stopped.cancel()
         ended.cancel()
         return self._stop.is_set()
+
+    async def _kill_where_still(self, process: asyncio.subprocess.Process) -> None:
+        """Counted while this process runs: after a Ctrl-Z both have said nothing, and both go on."""
+        still_s = 0.0
+        while still_s < _STILL_S:
+            await asyncio.sleep(_LOOK_S)
+            is_silent = self._client.info is not None and self._client.silent_s >= _LOOK_S
+            still_s = still_s + _LOOK_S if is_silent else 0.0
+        _log.error("the engine's process stands still: it said nothing for %.0f s", still_s)
+        process.kill()
 
     def _engine_orders(self) -> EngineOrders:
         launch = self._launch
@@ -265,11 +255,6 @@ class _Run:
         except TimeoutError:
             process.kill()
             await process.wait()
-
-
-def address_of(config: ServerConfig, door: socket.socket) -> str:
-    host, port = door.getsockname()[:2]
-    return f"{'https' if config.ssl_keyfile else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _how(returncode: int | None) -> str:

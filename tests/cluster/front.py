@@ -13,8 +13,8 @@ from lmtool.cluster.fleet import Fleet
 from lmtool.cluster.forward import replica_session
 from lmtool.cluster.routing import Router
 from lmtool.server.config import ServerConfig
+from lmtool.server.doors import bind
 from lmtool.server.http_process import uvicorn_server
-from lmtool.server.supervisor import bind
 from tests.server.serving import TIMEOUT_S, OnThread
 
 KEY = "between front and replica"

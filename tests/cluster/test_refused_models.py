@@ -20,7 +20,7 @@ from lmtool.cluster.routing import Policy
 from lmtool.cluster.spec_reader import parse_models
 from lmtool.errors import CheckpointError, ConfigError, EngineError, LmtoolError
 from lmtool.server.config import ServerConfig
-from lmtool.server.supervisor import bind
+from lmtool.server.doors import bind
 from tests.server.serving import wait_until
 
 TOO_LONG = ConfigError("--session-len 999999 is longer than the model's 128 tokens", "give a smaller one")

@@ -15,8 +15,8 @@ import uvicorn
 from lmtool.server.app import create_app
 from lmtool.server.config import ServerConfig
 from lmtool.server.context import ServerContext
+from lmtool.server.doors import bind
 from lmtool.server.http_process import uvicorn_server
-from lmtool.server.supervisor import bind
 from tests.server.support import EngineInThread, tiny_context, tiny_engine
 
 TIMEOUT_S = 120.0  # generous: the machine is shared
