@@ -39,20 +39,23 @@ class PeerMemory:
             handles = all_gather_rows(self._allocated(2 * size * _MOST_BYTES).to(device)).cpu().view(-1, _HANDLE_BYTES)
             try:
                 self._addresses = [self._own if i == rank else self._open(one) for i, one in enumerate(handles)]
+                # by a copy: where kernels wait on the whole card, one that set it would wait for them
+                self._one = torch.ones(1, dtype=torch.int32, pin_memory=True)
+                self.peers = self._empty_peers()
+                torch.cuda.synchronize()
             except RuntimeError:
                 self.close()
                 raise
-            # by a copy: where kernels wait on the whole card, one that set it would wait for them
-            self._one = torch.ones(1, dtype=torch.int32, pin_memory=True)
-            self.peers = Peers(
-                rank=rank,
-                size=size,
-                most_bytes=_MOST_BYTES,
-                inboxes=torch.tensor(self._addresses, device=device),
-                calls=torch.zeros(_PROGRAMS, dtype=torch.int32, device=device),
-                ended=torch.zeros(1, dtype=torch.int32, device=device),
-            )
-            torch.cuda.synchronize()
+
+    def _empty_peers(self) -> Peers:
+        return Peers(
+            rank=self._rank,
+            size=self._size,
+            most_bytes=_MOST_BYTES,
+            inboxes=torch.tensor(self._addresses, device=self._device),
+            calls=torch.zeros(_PROGRAMS, dtype=torch.int32, device=self._device),
+            ended=torch.zeros(1, dtype=torch.int32, device=self._device),
+        )
 
     def _allocated(self, num_bytes: int) -> Tensor:
         """The handle that the others open: zeros where there is no memory for it."""
