@@ -78,7 +78,7 @@ class Answer:
 
         What comes after a stop text is no part of it: the caller then ends the request.
         """
-        text, token_ids, logprobs, finish_reason = "", [], [], None
+        text, token_ids, logprobs, prompt_logprobs, finish_reason = "", [], [], None, None
         now = time.perf_counter() - self._started
         for output in outputs:
             if output.error is not None:
@@ -87,6 +87,8 @@ class Answer:
             self._num_cached = output.num_cached_tokens or self._num_cached
             if output.logprob is not None:
                 logprobs.append(output.logprob)
+            if output.prompt_logprobs is not None:  # of the first one only, with which others may have come
+                prompt_logprobs = output.prompt_logprobs
             if output.token_id is not None:
                 self._first_token_s = self._first_token_s or now
                 token_ids.append(output.token_id)
@@ -103,7 +105,7 @@ class Answer:
             text=text,
             token_ids=token_ids,
             logprobs=logprobs or None,
-            prompt_logprobs=output.prompt_logprobs,
+            prompt_logprobs=prompt_logprobs,
             num_prompt_tokens=len(self.request.prompt_ids),
             num_cached_tokens=self._num_cached,
             num_generated_tokens=self._num_generated,

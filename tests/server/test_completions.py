@@ -2,8 +2,11 @@
 
 import pytest
 
+from lmtool.engine.detokenizer import Detokenizer
+from lmtool.engine.response import Answer
 from tests.server.serving import Serving
 from tests.server.support import alone, smollm2_tokenizer
+from tests.support import request
 
 TEXT = "The whale is a mammal"
 
@@ -68,6 +71,15 @@ def test_echo_with_logprobs_is_what_lm_eval_reads(serving, tokenizer, stream):
         assert top[tokenizer.token_text(one.token_id)] == pytest.approx(one.logprob, abs=1e-4)
     for offset, token in zip(found["text_offset"], found["tokens"], strict=True):
         assert text[offset:].startswith(token)
+
+
+def test_what_came_with_the_first_token_stays_where_others_came_with_it(tokenizer):
+    ids = tokenizer.encode(TEXT)
+    outputs = alone(ids, max_new_tokens=3, logprobs=2, prompt_logprobs=2)
+    answer = Answer(0, request(0, ids), Detokenizer(tokenizer), 0.0)
+    piece = answer.take(outputs)
+    assert (len(piece.token_ids), piece.finish_reason) == (3, "length")
+    assert piece.prompt_logprobs == outputs[0].prompt_logprobs is not None
 
 
 def test_nothing_is_generated_where_nothing_is_asked_for(serving, tokenizer):
