@@ -123,7 +123,7 @@ class RankWatch:
             with self._changed:
                 self._changed.notify_all()
                 late = self._lost is not None or self._closing
-            if late:
+            if late and not isinstance(joined[0], Exception):  # else the group is another engine's, if there is one
                 leave_group()
 
         threading.Thread(target=join, name="lmtool-join", daemon=True).start()

@@ -118,7 +118,7 @@ class Blocks(RuleBasedStateMachine):
 
 
 TestBlocks = Blocks.TestCase
-TestBlocks.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+TestBlocks.settings = settings(max_examples=120, stateful_step_count=40)
 
 
 def filled(manager: BlockManager, tokens: array, parent: bytes = b"") -> int:

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +19,14 @@ from lmtool.engine.grammar_process import GrammarLimits
 from lmtool.engine.grammar_source import GrammarSource
 from lmtool.engine.grammars import Grammars
 from lmtool.errors import EngineError, LmtoolError, RequestError
+from tests.engine.processes import is_gone
 
 pytest.importorskip("xgrammar")
 
 END, SPECIAL, SIZE = 256, 257, 270  # the ids beyond are a matrix's padding
 VOCABULARY = GrammarVocabulary([bytes([i]) for i in range(256)] + [b"\xff<end>", b"\xff<call>"] + [b""] * 12, [END])
-WAIT_S = 60.0
-LIMITS = GrammarLimits(compile_s=3.0, step_s=1.0, num_processes=4)
+WAIT_S = 150.0  # generous, as the limits: the machine is shared
+LIMITS = GrammarLimits(compile_s=60.0, step_s=60.0, num_processes=4)
 DIGITS = GrammarSource("regex", "[0-9]{2,3}")
 HOSTILE = "root ::= root root | [a-z]"
 
@@ -193,7 +195,7 @@ def test_a_monster_ends_itself_or_works_and_nobody_else_notices(source: GrammarS
 
 
 def test_a_grammar_that_needs_too_much_memory(shared: Grammars) -> None:
-    with limited(shared, GrammarLimits(memory_bytes=8 << 20)) as grammars:  # the glutton needs 24 to 32
+    with limited(shared, replace(LIMITS, memory_bytes=8 << 20)) as grammars:  # the glutton needs 24 to 32
         bystander = follow(grammars, DIGITS, "1")
         glutton = follow(grammars, monsters()["a huge enum"])
         assert isinstance(glutton.error, RequestError)
@@ -213,7 +215,7 @@ def test_catastrophic_patterns_are_harmless(shared: Grammars) -> None:
 def test_an_answer_that_its_grammar_cannot_follow_in_time_is_ended(shared: Grammars) -> None:
     """A grammar of one line whose ambiguity grows with each letter: in the engine's process it would stop everybody."""
     tokens = [*VOCABULARY.tokens[:SIZE], b"a" * 60]
-    grammars = Grammars(lambda: GrammarVocabulary(tokens, [END]), LIMITS)
+    grammars = Grammars(lambda: GrammarVocabulary(tokens, [END]), GrammarLimits(compile_s=60.0, step_s=1.0))
     bystander, constraint = grammars.follow(DIGITS), grammars.follow(GrammarSource("ebnf", HOSTILE))
     heard(grammars, constraint)
     for _ in range(60):
@@ -270,7 +272,7 @@ def test_the_process_they_come_from_is_started_again(shared: Grammars) -> None:
 
 
 def test_grammars_are_kept_while_there_is_room_and_wait_where_there_is_none(shared: Grammars) -> None:
-    with limited(shared, GrammarLimits(num_processes=2)) as grammars:
+    with limited(shared, replace(LIMITS, num_processes=2)) as grammars:
         sources = [GrammarSource("regex", letter) for letter in "abc"]
         first, second = (follow(grammars, source) for source in sources[:2])
         third = grammars.follow(sources[2])
@@ -290,7 +292,7 @@ def test_grammars_are_kept_while_there_is_room_and_wait_where_there_is_none(shar
 
 
 def test_answers_that_go_on_together_are_heard_of_together(shared: Grammars) -> None:
-    with limited(shared, GrammarLimits()) as grammars:
+    with limited(shared, LIMITS) as grammars:
         answers = [grammars.follow(GrammarSource("regex", "[ab]*")) for _ in range(3)]
         heard(grammars, *answers)
         together = 0
@@ -303,7 +305,7 @@ def test_answers_that_go_on_together_are_heard_of_together(shared: Grammars) -> 
 
 
 def test_many_answers_of_one_grammar_are_spread_over_processes_while_there_is_room(shared: Grammars) -> None:
-    with limited(shared, GrammarLimits(num_processes=2, num_answers=3)) as grammars:
+    with limited(shared, replace(LIMITS, num_processes=2, num_answers=3)) as grammars:
         answers = [grammars.follow(DIGITS) for _ in range(10)]
         heard(grammars, *answers)
         assert sorted(len(process.answers) for process in grammars._processes) == [5, 5]
@@ -357,12 +359,12 @@ def test_a_vocabulary_without_an_end() -> None:
 
 
 def test_closing_ends_every_process() -> None:
-    grammars = Grammars(lambda: VOCABULARY)
+    grammars = Grammars(lambda: VOCABULARY, LIMITS)
     follow(grammars, DIGITS)
     grammars.follow(GrammarSource("schema", '{"type": "string", "maxLength": 100000000}'))
     while len(pids := processes_of(grammars)) < 2:
         grammars.poll(0.1)
     grammars.close()
     until = time.monotonic() + WAIT_S
-    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+    while not all(map(is_gone, pids)):
         assert time.monotonic() < until, "a process of a grammar outlives its engine"

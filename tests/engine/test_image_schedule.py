@@ -78,7 +78,7 @@ prompts = st.lists(st.integers(0, 1) | pictures, min_size=1, max_size=5)
     depth=st.integers(0, 1),
     aborts=st.sets(st.tuples(st.integers(0, 7), st.integers(0, 20))),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_pictures_are_computed_like_text(
     jobs: list[tuple[list[int | PreparedImage], int, int]],
     num_blocks: int,

@@ -18,27 +18,30 @@ from typing import Any
 import pytest
 
 from lmtool.child import module_command, module_environment
-from lmtool.engine import rank_key, rank_watch, ranks
+from lmtool.engine import rank_key, ranks
 from lmtool.engine.async_engine import AsyncEngine
 from lmtool.engine.frames import Codec
 from lmtool.engine.rank_host import RankHost
 from lmtool.engine.setup import LoadedEngine
 from lmtool.errors import CheckpointError, ConfigError, InputError
+from tests.engine.processes import is_gone
 from tests.engine.test_ranks import (
     ON_CARDS,
     PROMPTS,
+    WAIT_S,
     Waiting,
     answers_of,
+    be_impatient,
     decoder_of,
     engine,
     requests,
     two_cards,
+    until,
 )
 from tests.quant.models import tiny_folder
 from tests.support import check_equal, request, run_all
 
 KEY = secrets.token_hex(16)
-WAIT_S = 60.0
 SILENT_S = 20.0  # both ends of a cut link notice after 8 s, who waits in a sum after 10; and the machine is shared
 
 
@@ -79,33 +82,17 @@ def host_process(
 
 def rank_pids(parent: int) -> list[int]:
     """Of all its threads' children."""
-    tasks = list(Path(f"/proc/{parent}/task").iterdir())
-    return [int(pid) for task in tasks if task.exists() for pid in (task / "children").read_text().split()]
-
-
-def until(condition: Any, within_s: float = WAIT_S) -> float:
-    """Poll: what is waited for happens in another process. Returns how long it took."""
-    begun = time.monotonic()
-    while not condition():
-        assert time.monotonic() < begun + within_s, "it did not happen"
-        time.sleep(0.05)
-    return time.monotonic() - begun
-
-
-def is_gone(pid: int) -> bool:
-    """Also while nobody has waited for it."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
+    found: list[int] = []
+    for task in Path(f"/proc/{parent}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended meanwhile
+            found += map(int, (task / "children").read_text().split())
+    return found
 
 
 def lost_in_a_request(loaded: LoadedEngine, pid: int, number: int = signal.SIGKILL) -> str:
     """What is said when this process gets a signal under a running request."""
-    running, waiting = AsyncEngine(loaded.core), Waiting()
+    running, waiting = AsyncEngine(loaded.core), Waiting(lambda: os.kill(pid, number))
     running.submit(request(0, [1, 2, 3], max_new_tokens=90_000), waiting)
-    assert waiting.begun.wait(WAIT_S)
-    os.kill(pid, number)
     assert waiting.over.wait(WAIT_S), "nobody was told"
     running.close()
     return str(waiting.outputs[-1].error)
@@ -114,7 +101,6 @@ def lost_in_a_request(loaded: LoadedEngine, pid: int, number: int = signal.SIGKI
 def test_answers_and_what_dies(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One host serves one engine after the other; each that loses a rank says so, and leaves none. One that stands
     still is killed there, too."""
-    monkeypatch.setattr(rank_watch, "STILL_S", 6.0)
     alone = answers_of(engine(folder), requests())
     with host_process() as (host, address):
         loaded = engine(folder, tp=2, rank_hosts=(address,))
@@ -126,7 +112,9 @@ def test_answers_and_what_dies(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
         check_equal(alone, run_all(loaded.core, requests()), decoder_of(folder), PROMPTS)
         pids = rank_pids(host.pid)
         assert len(pids) == 2
-        said = lost_in_a_request(loaded, pids[1], signal.SIGSTOP)
+        with monkeypatch.context() as patch:
+            be_impatient(patch, loaded)
+            said = lost_in_a_request(loaded, pids[1], signal.SIGSTOP)
         assert f"of 4, on {address}, stands still" in said
         until(lambda: rank_pids(host.pid) == [])
 
@@ -236,10 +224,11 @@ def test_who_has_no_key_starts_nothing(listening: RankHost) -> None:
     for says in (b"\xff" * 4, b"GET / HTTP/1.1\r\n\r\n", b""):
         with socket.create_connection(rank_key.split_address(listening.address)) as connection:
             connection.settimeout(WAIT_S)
-            connection.sendall(says)
-            connection.shutdown(socket.SHUT_WR)
             heard = b""
             with contextlib.suppress(ConnectionError):
+                connection.sendall(says)
+                with contextlib.suppress(OSError):  # it may have hung up already
+                    connection.shutdown(socket.SHUT_WR)
                 while data := connection.recv(1000):
                     heard += data
             assert len(heard) < 200

@@ -87,7 +87,7 @@ def expected_until_stop(prompt: list[int], count: int, stop_ids: list[int]) -> l
     grammars=st.dictionaries(st.integers(0, 11), st.sampled_from(["whole", "whole", "broken"])),
     broken_steps=st.just(set()) | st.sets(st.integers(0, 14), max_size=3),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_every_answer_is_what_it_would_be_alone(
     jobs: list[tuple[list[int], int, int]],
     num_blocks: int,
