@@ -6,7 +6,7 @@ Knows neither what makes the deltas nor what shows them.
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Any
@@ -17,15 +17,21 @@ _END = object()
 
 
 class Pump:
-    """Iterate a backend's stream on a thread; `deltas` hands the pieces to the caller's thread."""
+    """Open and iterate a backend's stream on a thread, from `start` on: whoever stops it can be there before.
 
-    def __init__(self, stream: Iterator[Delta]) -> None:
-        self._stream = stream
+    `deltas` hands the pieces to the caller's thread.
+    """
+
+    def __init__(self, open_stream: Callable[[], Iterator[Delta]]) -> None:
+        self._open_stream = open_stream
+        self._stream: Iterator[Delta] | None = None
         # SimpleQueue.put may be called from a signal handler, Queue.put may not
         self._queue: SimpleQueue[Any] = SimpleQueue()
         self._stopping = threading.Event()
         self.stopped_s = float("-inf")  # when, on the monotonic clock
         self._thread = threading.Thread(target=self._run, name="lmtool-answer", daemon=True)
+
+    def start(self) -> None:
         self._thread.start()
 
     @property
@@ -40,13 +46,12 @@ class Pump:
         self.stopped_s = time.monotonic()
         self._stopping.set()
         self._queue.put(_END)
-        abort = getattr(self._stream, "abort", None)
-        if abort is not None:
-            abort()
+        self._abort()
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Until the stream is closed, so that nothing that follows meets it in the engine."""
-        self._thread.join(timeout_s)
+        if self._thread.ident is not None:  # else it was never started
+            self._thread.join(timeout_s)
 
     def deltas(self, tick_s: float) -> Iterator[Delta | None]:
         """The pieces as they come, and None whenever ``tick_s`` pass without one. Raises what the stream raised."""
@@ -62,9 +67,17 @@ class Pump:
                 raise item
             yield item
 
+    def _abort(self) -> None:
+        abort = getattr(self._stream, "abort", None)
+        if abort is not None:
+            abort()
+
     def _run(self) -> None:
         try:
-            for delta in self._stream:
+            self._stream = stream = self._open_stream()
+            if self.stopped:  # when there was none to abort yet
+                self._abort()
+            for delta in stream:
                 self._queue.put(delta)
                 if self.stopped:
                     break

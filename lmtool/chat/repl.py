@@ -171,9 +171,10 @@ class Repl:
         chat = self._chat
         messages = chat.session.messages(ask.question, ask.pictures)
         begun_s = time.monotonic()
-        self._pump = pump = Pump(chat.backend.stream(messages, chat.settings.generation))
+        self._pump = pump = Pump(lambda: chat.backend.stream(messages, chat.settings.generation))
         text, last, first_s = "", Delta(text=""), None
         with StopOnInterrupt(pump), without_echo():
+            pump.start()
             printer = self._printer(messages)  # these two may ask a server
             count = chat.backend.count_tokens(messages)
             waiting = "waiting …" if count is None else f"reading {count:,} tokens …"
@@ -210,6 +211,7 @@ class Repl:
         self._chat.totals.add(stats)
         self._used_tokens = stats.num_prompt_tokens + stats.num_generated_tokens
         if partial:
+            self._hinted = True
             self._say("stopped; what there is is kept. Ctrl-C again leaves")
         elif last.finish_reason in _NOTICES:
             self._say(_NOTICES[last.finish_reason])

@@ -4,6 +4,8 @@ pictures where the model takes them.
 Nothing of it comes from elsewhere or is told to anybody: gradio's analytics are off, fonts and scripts are its own.
 """
 
+import contextlib
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +25,7 @@ from lmtool.errors import InputError, LmtoolError
 from lmtool.images.load import MOST_BYTES, file_bytes
 
 _REFRESH_S = 0.05
+_TRIALS = 3  # of free ports, before what is wrong is said
 _NUM_PARTS = 7  # of the page, that `Page._page` fills
 _KEEP_S = (600, 3600)  # how often uploaded files are looked for, and how old they get
 _DROPPED = "stopped; nothing is kept"
@@ -75,14 +78,16 @@ class Page:
                         stop = gr.Button("Stop", elem_id="stop")
             page = [chat, question, status, chosen, new, delete, book]
             fields = [question, book, system, temperature, top_p, most]
-            gr.on(
+            answered = gr.on(
                 [send.click, question.submit],
                 self._answer,
                 fields,
-                page,
+                [*page, send],
                 show_progress="hidden",
                 api_visibility="private",
             )
+            # only now: a click that comes before gradio knows the end of an answer it drops without a word
+            answered.then(lambda: gr.update(interactive=True), None, send, queue=False, api_visibility="private")
             # not queued: it is wanted now, whoever else waits
             stop.click(self._stop, queue=False, api_visibility="private")
             for event, turn, more in (
@@ -106,13 +111,14 @@ class Page:
         most: float | None,
         request: gr.Request,
     ) -> Iterator[list[Any]]:
+        """What `_page` gives, and the button that sends."""
         session = book.session
         if request.session_hash in self._answering:  # Enter, pressed while an answer comes
-            yield [gr.skip()] * _NUM_PARTS
+            yield [gr.skip()] * (_NUM_PARTS + 1)
             return
         text, files = (question, []) if isinstance(question, str) else (question["text"] or "", question["files"])
         if not text.strip():
-            yield self._page(book, "type something first")
+            yield [*self._page(book, "type something first"), gr.skip()]
             return
         session.system = system.strip() or None
         drawn_s, draft = 0.0, None
@@ -120,13 +126,15 @@ class Page:
             config = sampling(self._defaults, temperature, top_p, most)
             pictures = tuple(_uploaded(file) for file in files)
             asked = shown(session, text, pictures)
-            yield self._page(book, "…", asked, busy=True, draft=self._draft("", []))
+            first = self._page(book, "…", asked, busy=True, draft=self._draft("", []))
+            yield [*first, gr.update(interactive=False)]
             turn = Answering(self._backend, session, text, config, pictures)
             self._answering[request.session_hash] = turn
             for answer in turn:
                 if time.monotonic() - drawn_s > _REFRESH_S:
                     drawn_s = time.monotonic()
-                    yield self._page(book, "…", asked + answer_shown(answer, inside=turn.inside), busy=True)
+                    now = asked + answer_shown(answer, inside=turn.inside)
+                    yield [*self._page(book, "…", now, busy=True), gr.skip()]
             kept = turn.keep()
             status = turn.summary() if kept else _DROPPED
             draft = None if kept else self._draft(text, files)
@@ -134,7 +142,7 @@ class Page:
             status, draft = " ".join(f"error: {error}".split()), self._draft(text, files)
         finally:
             self._answering.pop(request.session_hash, None)
-        yield self._page(book, status, draft=draft)
+        yield [*self._page(book, status, draft=draft), gr.skip()]
 
     def _draft(self, text: str, files: list[str]) -> str | dict[str, Any]:
         """What stands in the question's field."""
@@ -229,7 +237,22 @@ class _OwnPicturesOnly:
 
 
 def launch(page: Page, name: str, port: int) -> str:
-    """Serve it on threads of its own; its address."""
+    """Serve it on threads of its own, port 0: at a free one; its address."""
+    if port:
+        return _launch(page, name, port)
+    for _ in range(_TRIALS):
+        with contextlib.suppress(OSError):  # gradio takes no socket: somebody else may have it before gradio does
+            return _launch(page, name, _free_port(name))
+    return _launch(page, name, _free_port(name))
+
+
+def _free_port(name: str) -> int:
+    with socket.socket(socket.AF_INET6 if ":" in name else socket.AF_INET) as trial:
+        trial.bind((name, 0))
+        return int(trial.getsockname()[1])
+
+
+def _launch(page: Page, name: str, port: int) -> str:
     _, url, _ = page.blocks.launch(
         server_name=name,
         server_port=port,

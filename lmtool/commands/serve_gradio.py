@@ -113,14 +113,14 @@ def gradio(
     )
     if backend is not None:
         options.say_one_engine(backend)
-    port = _free_port(server_name, server_port)
+    _check_port(server_name, server_port)
     if is_url:
         found, recommended = _connect(url_or_model, api_key, model_name)
     else:
         found, recommended = _load(chat.Source(url_or_model, chat_template, revision, download_dir), engine)
     users = _USERS if is_url else engine.max_batch_size
     try:
-        _show(found, options.generation_config(sampling, recommended), users, server_name, port)
+        _show(found, options.generation_config(sampling, recommended), users, server_name, server_port)
     finally:
         found.close()
 
@@ -145,8 +145,8 @@ def _check(ctx: typer.Context, *, is_url: bool, share: bool) -> None:
         raise InputError("gradio is not installed", "pip install '.[web]' in lmtool's folder")
 
 
-def _free_port(name: str, port: int) -> int:
-    """The port itself, or a free one for 0. Raises ConfigError where it cannot be had, before anything is loaded."""
+def _check_port(name: str, port: int) -> None:
+    """Raises ConfigError where it cannot be had, before anything is loaded."""
     family = socket.AF_INET6 if ":" in name else socket.AF_INET
     with socket.socket(family) as trial:
         trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -156,7 +156,6 @@ def _free_port(name: str, port: int) -> int:
             raise ConfigError(
                 f"{name}:{port} cannot be listened at: {error.strerror}", "give another --server-port"
             ) from None
-        return int(trial.getsockname()[1])
 
 
 def _connect(url: str, api_key: str | None, model: str | None) -> tuple["Backend", dict[str, Any]]:

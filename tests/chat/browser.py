@@ -47,7 +47,7 @@ def web(*command: str) -> Iterator[Web]:
         yield Web(url, lines)
     finally:
         server.terminate()
-        server.wait(60)
+        server.wait(TIMEOUT_MS / 1000)
         server.stderr.close()
 
 
@@ -56,7 +56,9 @@ def chromium() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"], timeout=TIMEOUT_MS
+        )
         yield browser
         browser.close()
 
@@ -80,6 +82,7 @@ def page_of(browser: Any, url: str) -> Iterator[Any]:
 
 
 def ask(page: Any, question: str) -> None:
+    """Send can be clicked when the answer before is over."""
     page.locator("#question textarea").fill(question)
     page.locator("#send").click()
 

@@ -1,6 +1,7 @@
 """What several tests of the chat start from."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from typing import Any
 
 import pytest
@@ -10,10 +11,15 @@ from tests.chat.terminal import Terminal, fake_chat
 
 
 @pytest.fixture
-def chat() -> Iterator[Terminal]:
-    terminal = fake_chat()
-    yield terminal
-    terminal.close()
+def start_chat() -> Iterator[Callable[..., Terminal]]:
+    """`fake_chat`; whatever it started ends with the test."""
+    with ExitStack() as started:
+        yield lambda *flags, **settings: started.enter_context(closing(fake_chat(*flags, **settings)))
+
+
+@pytest.fixture
+def chat(start_chat: Callable[..., Terminal]) -> Terminal:
+    return start_chat()
 
 
 @pytest.fixture(scope="module")

@@ -61,6 +61,14 @@ class Terminal:
         return "\n".join(line.rstrip() for line in [*gone, *self._screen.display])
 
     @property
+    def _row(self) -> int:
+        """Where the cursor is, counted from the first row that there was."""
+        return len(self._screen.history.top) + self._screen.cursor.y
+
+    def _text_below(self, row: int) -> str:
+        return "\n".join(self.text.split("\n")[row + 1 :])
+
+    @property
     def display(self) -> str:
         """What is on the screen now."""
         return "\n".join(line.rstrip() for line in self._screen.display)
@@ -72,9 +80,15 @@ class Terminal:
         )
 
     def ask(self, question: str, pattern: str) -> str:
-        """Type a line, wait for what it brings, and for the prompt behind it."""
+        """Type a line at the prompt, wait for what it brings, and for the prompt behind it: both are further down than
+        the line, since what stood there before may look the same."""
+        self.prompt()
+        row = self._row
         self.send(question, ENTER)
-        self.wait(pattern)
+        self._until(
+            lambda: self._row > row and re.search(pattern, self._text_below(row), re.MULTILINE) is not None,
+            repr(pattern),
+        )
         return self.prompt()
 
     def prompt(self) -> str:

@@ -42,7 +42,9 @@ def cat(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def local(folder: Path) -> Iterator[LocalBackend]:
-    backend = LocalBackend(pipeline(str(folder), EngineConfig(device="cpu", dtype="float32", session_len=1024, cache_gb=0.05)))
+    backend = LocalBackend(
+        pipeline(str(folder), EngineConfig(device="cpu", dtype="float32", session_len=1024, cache_gb=0.05))
+    )
     yield backend
     backend.close()
 

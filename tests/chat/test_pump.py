@@ -36,20 +36,26 @@ class Stream:
             self.closed.set()
 
 
+def _started(stream: Stream) -> Pump:
+    pump = Pump(lambda: iter(stream))
+    pump.start()
+    return pump
+
+
 def _texts(pump: Pump) -> list[str]:
     return [delta.text for delta in pump.deltas(TICK_S) if delta is not None]
 
 
 def test_everything_comes_in_order_and_the_stream_is_closed() -> None:
     stream = Stream()
-    pump = Pump(iter(stream))
+    pump = _started(stream)
     assert _texts(pump) == ["a", "b", "c"]
     pump.wait()
     assert stream.closed.is_set()
 
 
 def test_an_error_of_the_stream_is_raised_here() -> None:
-    pump = Pump(iter(Stream(error=EngineError("boom"))))
+    pump = _started(Stream(error=EngineError("boom")))
     with pytest.raises(EngineError, match="boom"):
         _texts(pump)
 
@@ -57,7 +63,7 @@ def test_an_error_of_the_stream_is_raised_here() -> None:
 def test_ticks_come_while_nothing_else_does() -> None:
     stream = Stream(held=True)
     seen = []
-    for delta in Pump(iter(stream)).deltas(TICK_S):
+    for delta in _started(stream).deltas(TICK_S):
         seen.append(delta.text if delta else None)
         if delta is None:
             stream.go.set()
@@ -67,7 +73,7 @@ def test_ticks_come_while_nothing_else_does() -> None:
 
 def test_ctrl_c_ends_the_deltas_at_once_even_while_the_engine_is_busy() -> None:
     stream = Stream(held=True)
-    pump = Pump(iter(stream))
+    pump = _started(stream)
     texts = []
     with StopOnInterrupt(pump):
         for delta in pump.deltas(TICK_S):
@@ -84,9 +90,49 @@ def test_ctrl_c_ends_the_deltas_at_once_even_while_the_engine_is_busy() -> None:
 
 def test_a_second_ctrl_c_is_an_interrupt_and_the_handler_is_put_back() -> None:
     before = signal.getsignal(signal.SIGINT)
-    pump = Pump(iter(Stream()))
+    pump = _started(Stream())
     with StopOnInterrupt(pump):
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+class Abortable:
+    """As a server's or an engine's: ended from outside, also before it has begun."""
+
+    def __init__(self) -> None:
+        self.aborted = threading.Event()
+
+    def __next__(self) -> Delta:
+        self.aborted.wait()
+        raise StopIteration
+
+    def __iter__(self) -> Iterator[Delta]:
+        return self
+
+    def abort(self) -> None:
+        self.aborted.set()
+
+
+@pytest.mark.parametrize("when", ["before the thread", "while it is opened"])
+def test_a_stream_that_is_stopped_before_there_is_one_is_aborted(when: str) -> None:
+    stream, opening, go = Abortable(), threading.Event(), threading.Event()
+
+    def open_stream() -> Iterator[Delta]:
+        opening.set()
+        go.wait()
+        return stream
+
+    pump = Pump(open_stream)
+    pump.wait()  # there is nothing to wait for yet
+    if when == "before the thread":
+        pump.stop()
+    pump.start()
+    opening.wait()
+    if not pump.stopped:
+        pump.stop()
+    assert _texts(pump) == []
+    go.set()
+    pump.wait()
+    assert stream.aborted.is_set()

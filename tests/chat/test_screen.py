@@ -12,6 +12,7 @@ from lmtool.chat.markdown import ChatMarkdown
 from lmtool.chat.render import MarkdownView
 from lmtool.chat.screen import LiveRegion, rows
 
+# the same examples on every machine, however slow it is
 COLUMNS, LINES = 20, 6
 ROWS = st.lists(st.sampled_from(["", "a", "bb", "a row of nineteen!!"]), max_size=LINES - 1)  # what can be redrawn
 
@@ -40,7 +41,7 @@ def _stripped(rows: list[str]) -> list[str]:
     return rows
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(ROWS, max_size=6), ROWS, ROWS.map(lambda rows: rows * 3))
 def test_whatever_was_drawn_only_what_was_committed_stays(
     drafts: list[list[str]], first: list[str], second: list[str]

@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,6 @@ from tests.chat.terminal import (
     ENTER,
     SHIFT_ENTER,
     Terminal,
-    fake_chat,
 )
 
 
@@ -50,8 +50,8 @@ def test_a_paste_keeps_its_paragraphs_and_waits_for_enter(chat: Terminal) -> Non
     chat.wait(r"to 'first paragraph\\n\\nsecond\s+paragraph' in 3")
 
 
-def test_double_enter_sends_on_an_empty_line() -> None:
-    chat = fake_chat("--double-enter")
+def test_double_enter_sends_on_an_empty_line(start_chat: Callable[..., Terminal]) -> None:
+    chat = start_chat("--double-enter")
     chat.send("one", ENTER, "two", ENTER, ENTER)
     chat.wait(r"to 'one\\ntwo' in 2 lines")
     chat.prompt()
@@ -181,8 +181,8 @@ def test_line_breaks_are_kept(chat: Terminal) -> None:
     chat.ask("poem", "^roses are red\nviolets are blue$")
 
 
-def test_no_markdown_streams_plain_text() -> None:
-    chat = fake_chat("--no-markdown")
+def test_no_markdown_streams_plain_text(start_chat: Callable[..., Terminal]) -> None:
+    chat = start_chat("--no-markdown")
     chat.ask("markdown", r"Some \*\*bold\*\* text")
 
 
@@ -195,8 +195,8 @@ def test_a_thought_is_folded_and_shown_on_demand(chat: Terminal) -> None:
 
 
 @pytest.mark.parametrize("flags", [(), ("--no-markdown",)])
-def test_a_model_cannot_drive_the_terminal(flags: tuple[str, ...]) -> None:
-    chat = fake_chat(*flags)
+def test_a_model_cannot_drive_the_terminal(flags: tuple[str, ...], start_chat: Callable[..., Terminal]) -> None:
+    chat = start_chat(*flags)
     chat.ask("hello", "answer 1")
     begin = len(chat.raw)
     chat.ask("evil", "done")
@@ -209,12 +209,12 @@ def test_a_model_cannot_drive_the_terminal(flags: tuple[str, ...]) -> None:
     assert "answer 1" in chat.text  # nothing was cleared
 
 
-def test_no_color_is_respected() -> None:
+def test_no_color_is_respected(start_chat: Callable[..., Terminal]) -> None:
     coloured = r"\x1b\[[0-9;]*(3[0-7]|9[0-7]|38|48)[0-9;]*m"
-    chat = fake_chat(NO_COLOR="1")
+    chat = start_chat(NO_COLOR="1")
     chat.ask("markdown", "The end")
     chat.ask("/nothing", "error: there is no /nothing")
     assert not re.search(coloured, chat.raw)
-    usual = fake_chat()
+    usual = start_chat()
     usual.ask("markdown", "The end")
     assert re.search(coloured, usual.raw)

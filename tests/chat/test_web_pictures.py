@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import pytest
@@ -144,10 +145,11 @@ def _sent(served: Web, question: dict[str, Any]) -> str:
         names = {part["id"]: part["props"].get("elem_id") for part in config["components"]}
         found = next(one for one in config["dependencies"] if names.get((one["inputs"] or [None])[0]) == "question")
         data = [question, None, "", 0.0, 1.0, 8]
-        body = {"data": data, "fn_index": found["id"], "session_hash": "somebody"}
+        somebody = uuid4().hex  # new each time: gradio forgets whoever has gone, a moment later
+        body = {"data": data, "fn_index": found["id"], "session_hash": somebody}
         assert http.post("/gradio_api/queue/join", json=body).status_code == 200
         lines = []
-        with http.stream("GET", "/gradio_api/queue/data", params={"session_hash": "somebody"}) as response:
+        with http.stream("GET", "/gradio_api/queue/data", params={"session_hash": somebody}) as response:
             for line in response.iter_lines():
                 lines.append(line)
                 if line.startswith("data:") and json.loads(line[5:]).get("msg") == "process_completed":
