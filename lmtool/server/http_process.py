@@ -76,13 +76,23 @@ async def serve_http(context: ServerContext, listener: socket.socket, stop: asyn
     """Until ``stop`` is set and what was under way then is over."""
     server = uvicorn_server(create_app(context), context.config)
     context.engine.start()
-    serving = asyncio.create_task(server.serve([listener]))
     stopping = asyncio.create_task(stop.wait())
+    if context.number:  # the first one answers meanwhile: this one would refuse what the server can do already
+        await _wait_for_engine(context.engine, stopping)
+    serving = asyncio.create_task(server.serve([listener]))
     await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
     await _drain(context)
     server.should_exit = True
     await serving
+
+
+async def _wait_for_engine(engine: EngineClient, stopping: asyncio.Task[bool]) -> None:
+    """Until it is ready or cannot start, or nobody is to be served any more."""
+    ready = asyncio.create_task(engine.ready())
+    await asyncio.wait((ready, stopping), return_when=asyncio.FIRST_COMPLETED)
+    ready.cancel()
+    await asyncio.gather(ready, return_exceptions=True)  # why it cannot start is told to who asks
 
 
 async def _drain(context: ServerContext) -> None:

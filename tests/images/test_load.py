@@ -171,7 +171,7 @@ def test_files_that_are_cut_off(form: str) -> None:
         refusal(data[:length])
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(data=st.data(), form=st.sampled_from(["PNG", "BMP", "TIFF", "GIF", "WEBP", "JPEG"]))
 def test_damage_is_seen_or_harmless(data: st.DataObject, form: str) -> None:
     """Nothing but a picture or a refusal ever comes of it."""

@@ -86,6 +86,11 @@ class Process:
         found = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         return {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode() for pid in found}
 
+    def wait_until_listening(self, num_processes: int) -> None:
+        """Each of its HTTP processes has a socket of its own at its port."""
+        here = f"0100007F:{int(self.url.rpartition(':')[2]):04X} 00000000:0000 0A"  # 127.0.0.1, nobody, LISTEN
+        until(lambda: Path("/proc/net/tcp").read_text().count(here) == num_processes)
+
     def wait_until_ready(self) -> None:
         with self.client() as client:
             until(lambda: client.get("/ready").status_code == 200)

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import httpx
 import openai
@@ -20,13 +20,16 @@ from lmtool.server.http_process import uvicorn_server
 from tests.server.support import EngineInThread, tiny_context, tiny_engine
 
 TIMEOUT_S = 120.0  # generous: the machine is shared
+Found = TypeVar("Found")
 
 
-def wait_until(condition: Callable[[], object]) -> None:
+def wait_until(condition: Callable[[], Found]) -> Found:
+    """What it was in the end: asked once more it might be something else."""
     end = time.monotonic() + TIMEOUT_S
-    while not condition():
+    while not (found := condition()):
         assert time.monotonic() < end, "it never came to be"
         time.sleep(0.005)
+    return found
 
 
 class OnThread:
@@ -36,6 +39,8 @@ class OnThread:
         self._up = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
         self._server: uvicorn.Server
+        self._clients: dict[str, openai.OpenAI] = {}
+        self._asking = threading.Lock()
         self.url = ""
 
     async def _run(self) -> None:
@@ -59,12 +64,21 @@ class OnThread:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for client in self._clients.values():
+            client.close()
         self._server.should_exit = True
         self._thread.join(TIMEOUT_S)
         assert not self._thread.is_alive()
 
     def openai(self, key: str = "none") -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, timeout=TIMEOUT_S, max_retries=0)
+        """One for each key, closed with the server: a socket that nobody closes is an error, of whatever test is being
+        run when it is found."""
+        with self._asking:
+            client = self._clients.get(key)
+            if client is None or client.is_closed():
+                client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, timeout=TIMEOUT_S, max_retries=0)
+                self._clients[key] = client
+            return client
 
     def http(self, **settings: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=TIMEOUT_S, **settings)

@@ -4,7 +4,8 @@ SmolLM2's tokenizer."""
 import contextlib
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,22 @@ class EngineInThread:
                 generation_defaults={},
             ),
         )
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """No step is made meanwhile: what is under way is not over, however late anybody else gets to run."""
+        reached, let_go = threading.Event(), threading.Event()
+
+        def hold(core: EngineCore) -> None:
+            reached.set()
+            let_go.wait()
+
+        self.engine.call(hold)
+        try:
+            assert reached.wait(120)
+            yield
+        finally:
+            let_go.set()
 
     def close(self) -> None:
         self.server.close()

@@ -131,7 +131,7 @@ def test_too_many_are_told_to_come_back():
             model="tiny", prompt=["a", "b", "c", "d"], max_tokens=400, stream=True, extra_body={"ignore_eos": True}
         )
         next(stream)
-        with pytest.raises(openai.RateLimitError) as refused:
+        with server.engine.held(), pytest.raises(openai.RateLimitError) as refused:
             client.completions.create(model="tiny", prompt="e", max_tokens=1)
         assert refused.value.response.headers["retry-after"] == "1"
         stream.close()

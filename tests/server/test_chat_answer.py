@@ -22,6 +22,7 @@ from tests.server.support import smollm2_tokenizer
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 THOUGHT = "<think>\nIt rains.\n</think>\n\nIt is wet."
+# the same examples on every machine, however slow it is
 
 
 @pytest.fixture(scope="module")

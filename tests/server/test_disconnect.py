@@ -2,6 +2,7 @@
 
 import json
 import socket
+import threading
 
 import pytest
 
@@ -44,10 +45,11 @@ def test_who_leaves_frees_the_blocks(server, path, prompt, n, stream):
         data = b""
         while b"data: " not in data:
             data += there.recv(4096)
-    there.close()
-    wait_until(lambda: not core.scheduler.has_work)
+    with server.engine.held():
+        there.close()
+        wait_until(lambda: server.context.engine.num_open == 0)
+    wait_until(lambda: not core.has_work)
     wait_until(lambda: core.scheduler.blocks.num_free == free)
-    assert server.context.engine.num_open == 0
     assert core.scheduler.counters.num_generated_tokens - before < n * 380, "it was not cut short"
 
 
@@ -66,8 +68,11 @@ def test_an_engine_that_goes_away_is_told_in_the_stream():
         with client.stream("POST", "/v1/completions", json=body) as response:
             lines = response.iter_lines()
             assert next(lines).startswith("data: ")
-            server.engine.close()
-            *_, last = [line for line in lines if line]
+            closing = threading.Thread(target=server.engine.close)
+            with server.engine.held():  # else the answer may be whole before that
+                closing.start()
+                *_, last = [line for line in lines if line]
+            closing.join()
         assert json.loads(last.removeprefix("data: "))["error"]["type"] == "service_unavailable_error"
         client.close()
 

@@ -13,6 +13,7 @@ from lmtool.errors import EngineError, RequestError
 from lmtool.server.errors import Refusal
 from lmtool.server.generate import Answers
 from lmtool.server.wire import Failure, Output
+from tests.server.serving import TIMEOUT_S
 from tests.server.support import tiny_context, tiny_engine
 
 PROMPT = list(range(100, 170))
@@ -23,7 +24,7 @@ def greedy(count: int) -> GenerationConfig:
 
 
 async def wait_until(condition) -> None:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(TIMEOUT_S):
         while not condition():
             await asyncio.sleep(0.01)
 
@@ -85,9 +86,10 @@ def test_when_the_engine_goes_away_who_waits_is_told():
         engine = tiny_engine()
         async with tiny_context(engine) as context:
             async with Answers(context, [context.maker.request(PROMPT, greedy(400))]) as answers:
-                closing = asyncio.create_task(asyncio.to_thread(engine.close))
-                with pytest.raises(EngineError):
-                    await answers.whole()
+                with engine.held():  # else the answer may be whole before that
+                    closing = asyncio.create_task(asyncio.to_thread(engine.close))
+                    with pytest.raises(EngineError):
+                        await answers.whole()
                 await closing
             await wait_until(lambda: context.engine.info is None)
             with pytest.raises(Refusal, match="started again"):
@@ -168,6 +170,6 @@ def test_an_engine_that_nobody_asks_for_long_is_still_there():
         for _ in range(3 * sys.getrecursionlimit()):
             done = threading.Event()
             engine.engine.call(lambda core, done=done: done.set())
-            assert done.wait(60)
+            assert done.wait(TIMEOUT_S)
     finally:
         engine.close()

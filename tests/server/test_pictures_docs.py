@@ -51,7 +51,8 @@ def server(folder: Path) -> Iterator[Serving]:
 
 def here(code: str) -> str:
     """With the model that there is."""
-    code = code.replace('pipeline("MODEL")', 'pipeline("./MODEL", EngineConfig(device="cpu", session_len=512))')
+    config = 'EngineConfig(device="cpu", dtype="float32", session_len=512, cache_gb=0.05)'
+    code = code.replace('pipeline("MODEL")', f'pipeline("./MODEL", {config})')
     return "from lmtool import EngineConfig\n" + code
 
 

@@ -1,16 +1,20 @@
 """The server as a process: its start, a killed engine, its end, its flags, several HTTP processes."""
 
 import asyncio
+import contextlib
 import json
+import os
 import signal
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
+from tests.quant.models import tiny_folder
 from tests.server.process import TIMEOUT_S, Process, run_to_its_end, until
 
 STORY = {"model": "smollm2-135m", "prompt": "Once upon a time", "temperature": 0, "ignore_eos": True}
@@ -22,10 +26,6 @@ def server():
         yield process
 
 
-def lines_of(response: httpx.Response) -> list[str]:
-    return [line.removeprefix("data: ") for line in response.iter_lines() if line]
-
-
 async def _stream(client: httpx.AsyncClient, num_tokens: int) -> tuple[str, float]:
     """What the last event said, and when it came."""
     last = ""
@@ -33,6 +33,15 @@ async def _stream(client: httpx.AsyncClient, num_tokens: int) -> tuple[str, floa
         async for line in r.aiter_lines():
             last = line or last
     return last, time.monotonic()
+
+
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 # ---------------------------------------------------------------------- one server for the first tests
@@ -59,7 +68,7 @@ def test_a_killed_engine_leaves_nobody_waiting_and_comes_back(server):
                 ):
                     await asyncio.sleep(0.05)
             killed_s = time.monotonic()
-            subprocess.run(["kill", "-9", str(server.engine_pid())], check=True)
+            os.kill(server.engine_pid(), signal.SIGKILL)
             for last, came_s in await asyncio.gather(*waiting):
                 assert json.loads(last.removeprefix("data: "))["error"]["type"] == "service_unavailable_error"
                 assert came_s - killed_s < 5
@@ -78,12 +87,13 @@ def test_at_its_end_answers_are_finished_and_new_ones_refused(server):
     """The last test of this server."""
     children = server.children()
     with server.client() as client, server.client() as other:
-        with client.stream("POST", "/v1/completions", json={**STORY, "stream": True, "max_tokens": 150}) as response:
+        with client.stream("POST", "/v1/completions", json={**STORY, "stream": True, "max_tokens": 40}) as response:
             events = response.iter_lines()
             next(events)
-            server.process.send_signal(signal.SIGTERM)
-            until(lambda: other.get("/ready").status_code == 503)
-            refused = other.post("/v1/completions", json={**STORY, "max_tokens": 1})
+            with stopped(server.engine_pid()):  # an answer that is whole would be the server's end
+                server.process.send_signal(signal.SIGTERM)
+                until(lambda: other.get("/ready").status_code == 503)
+                refused = other.post("/v1/completions", json={**STORY, "max_tokens": 1})
             assert refused.status_code == 503
             assert "shutting down" in refused.json()["error"]["message"]
             rest = [line.removeprefix("data: ") for line in events if line]
@@ -110,6 +120,7 @@ def test_two_http_processes_are_one_server(tmp_path):
     config.write_text('http-processes = 2\nmodel_name = ["file", "another"]\nmax-batch-size = 4\n')
     with Process("--config", str(config), LMTOOL_MODEL_NAME="environment") as server:
         assert len([words for words in server.children().values() if "http_process" in words]) == 1
+        server.wait_until_listening(2)
         answers = []
         for turn in range(6):  # each on a connection of its own: some come to either process
             with server.client(headers={"Connection": "close"}) as client:
@@ -132,7 +143,8 @@ def test_https(tmp_path):
         ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate, "-days", "1",
          "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"], check=True, capture_output=True,
     )  # fmt: skip
-    with Process("--ssl-keyfile", key, "--ssl-certfile", certificate, "--api-keys", "secret") as server:
+    flags = ("--ssl-keyfile", key, "--ssl-certfile", certificate, "--api-keys", "secret", "--device", "cpu")
+    with Process(*flags, model=str(tiny_folder(tmp_path / "m"))) as server:
         assert server.url.startswith("https://")
         with server.client(verify=certificate) as client:
             assert client.get("/health").status_code == 200

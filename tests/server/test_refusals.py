@@ -6,7 +6,7 @@ from pathlib import Path
 
 import openai
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis.strategies import dictionaries, integers, lists, recursive, text
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
 from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
@@ -227,7 +227,6 @@ def test_a_long_list_of_wrong_things_is_one_thing():
 
 
 @given(recursive(text('ab"\\[]{}:,\n/é'), lambda inner: lists(inner) | dictionaries(text(), inner)), integers(1, 9))
-@settings(derandomize=True, database=None, deadline=None)
 def test_what_looks_like_json_inside_a_text_is_text(value, piece_bytes):
     """However the body is cut into pieces to be looked through."""
     data = json.dumps(value).encode()

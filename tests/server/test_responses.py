@@ -18,7 +18,7 @@ from lmtool.server.responses_answer import ResponseAnswer
 from lmtool.server.responses_input import messages_of, response_format_of, tool_choice_of, tools_of
 from lmtool.server.tools_format import HERMES
 from lmtool.server.tools_reader import ToolReader
-from tests.server.serving import Serving
+from tests.server.serving import Serving, wait_until
 
 GREEDY: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_output_tokens": 8}
 
@@ -119,10 +119,11 @@ def test_who_goes_away_frees_the_engine(server, client) -> None:
         for event in stream:
             if event.type == "response.output_text.delta":
                 break
-    client.responses.create(input="x", **GREEDY)
-    while server.engine.core.scheduler.has_work:
-        client.responses.create(input="x", **GREEDY)
-    assert server.context.engine.num_open == 0
+        with server.engine.held():
+            stream.close()
+            wait_until(lambda: server.context.engine.num_open == 0)
+    wait_until(lambda: not server.engine.core.has_work)
+    assert client.responses.create(input="x", **GREEDY).usage.output_tokens == 8
 
 
 @pytest.mark.parametrize(

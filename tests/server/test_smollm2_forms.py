@@ -30,7 +30,8 @@ GREEDY: dict[str, Any] = {"model": "tiny", "temperature": 0}
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[openai.OpenAI]:
-    loaded = load_engine(resolve_model("smollm2-135m"), EngineConfig(session_len=1024, cache_gb=0.2), None)
+    config = EngineConfig(session_len=1024, cache_gb=0.2, dtype="float32")
+    loaded = load_engine(resolve_model("smollm2-135m"), config, None)
     tokenizer = smollm2_tokenizer()
     loaded.core.give_vocabulary(partial(GrammarVocabulary.of, tokenizer, tokenizer.vocab_size))
     engine = EngineInThread(loaded.core)

@@ -37,6 +37,7 @@ CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "c1", "type"
 CALL["tool_calls"][0]["function"] = {"name": "add", "arguments": '{"a": 1, "b": 2}'}
 RESULT = {"role": "tool", "tool_call_id": "c1", "content": "3"}
 FORMATS = (HERMES, LLAMA3, MISTRAL, INTERNLM2)
+# the same examples on every machine, however slow it is
 
 
 smollm2_tokenizer = cache(support.smollm2_tokenizer)
