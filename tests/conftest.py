@@ -1,5 +1,7 @@
-"""For every test: kernels are interpreted unless TRITON_INTERPRET=0, one seed; without a GPU, no `gpu` tests."""
+"""For every test: kernels are interpreted unless TRITON_INTERPRET=0, one seed, the same examples; without a GPU, no
+`gpu` tests."""
 
+import logging
 import os
 import signal
 
@@ -9,11 +11,18 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 
+if find_spec("hypothesis") is not None:  # a machine that is there for its card may have pytest only
+    from hypothesis import HealthCheck, settings
+
+    # the same examples in every run, however slow the machine is; --hypothesis-profile=default looks for others
+    settings.register_profile("steady", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("steady")
 if os.environ["TRITON_INTERPRET"] == "1":
     from tests.interpreter import patch_once_a_launch
 
@@ -50,6 +59,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(_SEED)
+
+
+@pytest.fixture(autouse=True)
+def _logging() -> None:
+    """As before any command line: one that ran in this process has set it up, and caplog would hear nothing."""
+    logger = logging.getLogger("lmtool")
+    logger.handlers.clear()
+    logger.setLevel(logging.NOTSET)
+    logger.propagate = True
 
 
 def _poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -1,5 +1,6 @@
 """A real HTTP server in a thread that speaks as much of OpenAI's API as a benchmark needs, from a script."""
 
+import contextlib
 import json
 import threading
 import time
@@ -27,7 +28,8 @@ class Answer:
 
 @dataclass
 class FakeServer:
-    """answers in turn, the last one for all the rest; requests: the bodies that came; most_at_once: of requests."""
+    """answers in turn, the last one for all the rest; requests: the bodies that came; most_at_once: of requests, each
+    of which counts until the last of its answer is sent: behind that the client may send its next one."""
 
     answers: Sequence[Answer]
     url: str = ""
@@ -69,15 +71,15 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         fake: FakeServer = self.server.fake
         answer = fake.begin(self, body)
-        try:
+        with contextlib.suppress(ConnectionError):  # the client has gone
+            if answer.broken != "status":
+                self._stream(answer, body, fake)
+        fake.end()
+        with contextlib.suppress(ConnectionError):
             if answer.broken == "status":
                 self._whole(500, {"error": {"message": answer.message, "code": 500}})
-            else:
-                self._stream(answer, body, fake)
-        except BrokenPipeError:
-            pass  # the client has gone
-        finally:
-            fake.end()
+            elif answer.broken != "cut":
+                self.wfile.write(b"0\r\n\r\n")
 
     def _whole(self, status: int, body: dict[str, Any]) -> None:
         content = json.dumps(body).encode()
@@ -95,7 +97,7 @@ class _Handler(BaseHTTPRequestHandler):
         if answer.broken == "hang":
             self._event({"choices": []})
             fake.hanging.set()
-            fake.closing.wait(30)
+            fake.closing.wait()
         if chat:
             self._event({"choices": [{"delta": {"role": "assistant", "content": ""}, "finish_reason": None}]})
         for text in answer.texts:
@@ -115,7 +117,6 @@ class _Handler(BaseHTTPRequestHandler):
                 usage = {"prompt_tokens": 7, "completion_tokens": body["max_tokens"]}
                 self._event({"choices": [], "usage": usage})
             self._raw(b"data: [DONE]\r\n\r\n")
-        self.wfile.write(b"0\r\n\r\n")
 
     def _event(self, event: dict[str, Any]) -> None:
         self._raw(b"data: " + json.dumps(event).encode() + b"\n\n")
@@ -127,11 +128,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # as many as a test sends at once: of 5 the others would try again a second later
+
+
 @contextmanager
 def serving(*answers: Answer) -> Iterator[FakeServer]:
     """On a free port of this machine, until the block ends."""
-    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    server.daemon_threads = True
+    server: Any = _Server(("127.0.0.1", 0), _Handler)
     server.fake = FakeServer(answers or (Answer(),), url=f"http://127.0.0.1:{server.server_address[1]}")
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()

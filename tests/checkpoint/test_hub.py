@@ -104,7 +104,7 @@ def resolve_all(*names: tuple[str, str | None], home: Path, endpoint: str, **env
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=180,
     )
     return [json.loads(line) for line in run.stdout.splitlines()]
 

@@ -58,6 +58,18 @@ class Proxy(Process):
         found = re.findall(row, text, flags=re.MULTILINE)
         return {name: sum(int(float(value)) for one, value in found if one == name) for name, _ in found}
 
+    def answered_by(self, number: int, model: str) -> dict[str, int]:
+        """As `answered`, once so many say it: who is asked while it has much to do may be too slow."""
+        found: dict[str, int] = {}
+
+        def all_say() -> bool:
+            nonlocal found
+            found = self.answered(model)
+            return len(found) == number
+
+        until(all_say)
+        return found
+
 
 class Load:
     """``with Load(proxy, "ab") as load``: four clients that ask the models in turn, most of them for streams.
@@ -141,11 +153,18 @@ def processes(root: int) -> dict[int, str]:
     while todo:
         parent = todo.pop()
         with contextlib.suppress(OSError):  # it has ended meanwhile
-            words = " ".join(path.read_text() for path in (parent / "task").glob("*/children"))
-            children = [Path(f"/proc/{pid}") for pid in words.split()]
-            found |= {int(child.name): command_line(child) for child in children}
-            todo += children
+            for task in (parent / "task").iterdir():
+                children = children_of(task)
+                found |= {int(child.name): command_line(child) for child in children}
+                todo += children
     return found
+
+
+def children_of(task: Path) -> list[Path]:
+    """Those that a thread has started; none where it has ended, as threads of Ray's do now and then."""
+    with contextlib.suppress(OSError):
+        return [Path(f"/proc/{pid}") for pid in (task / "children").read_text().split()]
+    return []
 
 
 def command_line(folder: Path) -> str:

@@ -19,8 +19,8 @@ def refusal(address: str) -> str:
 def test_where_nobody_listens():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    assert refusal(f"127.0.0.1:{port}").startswith(f"--ray-address 127.0.0.1:{port} cannot be reached: ")
+        port = free.getsockname()[1]  # nobody else's meanwhile
+        assert refusal(f"127.0.0.1:{port}").startswith(f"--ray-address 127.0.0.1:{port} cannot be reached: ")
 
 
 @pytest.mark.parametrize("address", ["", "x", "host:", ":1", "host:port", "host:65536", "::1:6379"])

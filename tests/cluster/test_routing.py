@@ -4,7 +4,7 @@ import random
 from collections import OrderedDict
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lmtool.cluster.prefixes import STEP_BYTES, prompt_text, read_prompt
@@ -166,7 +166,6 @@ STEPS = st.lists(
 
 
 @given(STEPS, st.integers(0, 900))
-@settings(deadline=None)
 def test_queues_are_what_is_open_and_memory_is_bounded_and_beginnings_have_no_holes(steps, cache_tokens):
     one, names, tickets = Router(), set(), []
     lives: dict[str, int] = {}
@@ -199,7 +198,6 @@ def test_queues_are_what_is_open_and_memory_is_bounded_and_beginnings_have_no_ho
 
 
 @given(STEPS)
-@settings(deadline=None)
 def test_the_same_calls_give_the_same_choices(steps):
     def choices() -> list[str | None]:
         one, made = Router(), []
@@ -215,7 +213,6 @@ def test_the_same_calls_give_the_same_choices(steps):
 
 
 @given(st.lists(st.integers(0, 5000), min_size=2, max_size=6), st.integers(0, 20))
-@settings(deadline=None)
 def test_no_replica_is_chosen_that_is_further_behind_than_it_saves(queues, num_words):
     names = [str(i) for i in range(len(queues))]
     one = router(*names)

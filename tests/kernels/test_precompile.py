@@ -11,6 +11,8 @@ import pytest
 
 from tests.kernels.test_budget import KERNELS
 
+pytestmark = pytest.mark.timeout(900)  # where Triton's cache is cold, on a machine that has other things to do
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:

@@ -71,7 +71,7 @@ def in_parts(folder: Path, size: int, *, keep_int4: bool = False) -> list[Tensor
 def on_ranks(folder: Path, size: int, work: Callable[[Decoder], R], *, keep_int4: bool = False) -> list[R]:
     """What each rank makes of its part of a model."""
     values: list[Tensor | None] = [None] * size
-    barrier = threading.Barrier(size, timeout=60)
+    barrier = threading.Barrier(size, timeout=150)
 
     def run(rank: int) -> R:
         try:
