@@ -20,6 +20,7 @@ from lmtool.server.wire import EngineInfo, Stats
 _SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
 _TOKEN_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000)
+_FINISH_REASONS = ("stop", "length", "context", "abort")  # `Response`'s
 _COUNTERS = {  # of the engine
     "num_prompt_tokens": ("prompt_tokens", "Tokens of prompts"),
     "num_generated_tokens": ("generation_tokens", "Tokens generated"),
@@ -52,6 +53,8 @@ class Metrics:
         self._success = Counter(
             "lmtool:request_success", "Requests that came to their end", ["model_name", "finished_reason"], registry=own
         )
+        for reason in _FINISH_REASONS:  # all rows are there from the start: a rate begins at what was 0
+            self._success.labels(model_name, reason)
         self._image_seconds = histogram("image_preparation_seconds", "To fetch, read and cut a picture", _SECONDS)
         self._images = Counter("lmtool:images", "Pictures that were read", ["model_name"], registry=own)
         self._registry = own

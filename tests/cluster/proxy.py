@@ -59,7 +59,7 @@ class Proxy(Process):
         return {name: sum(int(float(value)) for one, value in found if one == name) for name, _ in found}
 
     def answered_by(self, number: int, model: str) -> dict[str, int]:
-        """As `answered`, once so many say it: who is asked while it has much to do may be too slow."""
+        """As `answered`, once so many say it: who has much to do may be too slow. One that is new says 0."""
         found: dict[str, int] = {}
 
         def all_say() -> bool:

@@ -48,6 +48,7 @@ def samples(metrics: Metrics) -> dict[str, float]:
 
 def test_tokens_that_came_together_are_as_many_observations():
     metrics = Metrics("m", lambda: (INFO, STATS))
+    assert samples(metrics)["request_success_total/length"] == 0, "a rate begins at a row that is there"
     answered(metrics)
     found = samples(metrics)
     assert found["inter_token_latency_seconds_count"] == 2
