@@ -1,6 +1,5 @@
 """Who serves an op, on cards that are not here: torch is told which card there is; the choice is the real one."""
 
-import logging
 import sys
 
 import pytest
@@ -14,9 +13,8 @@ HALF, BRAIN = torch.float16, torch.bfloat16
 
 
 @pytest.fixture(autouse=True)
-def _forget(monkeypatch):
-    """What was found out about this machine's card is forgotten before and after; notices reach caplog."""
-    monkeypatch.setattr(logging.getLogger("lmtool"), "propagate", True)
+def _forget():
+    """What was found out about this machine's card is forgotten before and after."""
     answers = (dispatch._kind, dispatch._has_triton, dispatch._notice)
     for answer in answers:
         answer.cache_clear()

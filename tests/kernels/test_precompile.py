@@ -27,6 +27,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
         cwd=Path(__file__).parents[2],
     )
     assert run.returncode == 0, run.stderr
+    assert "Warning" not in run.stderr  # such as Triton's, of a default that is to change
     return json.loads(run.stdout)
 
 
