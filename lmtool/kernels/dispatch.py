@@ -5,6 +5,7 @@ comparisons; nothing else overrides the choice. Knows the limits of the kernels,
 """
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -79,6 +80,9 @@ def force(kind: str) -> Iterator[None]:
 
 @cache
 def _module(kind: str, op: str) -> ModuleType:
+    if kind == "triton":
+        # products and sums stay fused: Triton 3.9 warns at each compilation where nobody says so, 3.10 is to stop
+        os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     return import_module(f"lmtool.kernels.{kind}.{op}")
 
 
