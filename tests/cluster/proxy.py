@@ -15,6 +15,7 @@ from pathlib import Path
 
 import httpx
 
+from tests.processes import children
 from tests.server import process
 from tests.server.process import LMTOOL, TIMEOUT_S, Process
 
@@ -149,22 +150,13 @@ def refusal(*flags: str) -> str:
 
 def processes(root: int) -> dict[int, str]:
     """Command lines of all that a process and its children have started."""
-    found, todo = {}, [Path(f"/proc/{root}")]
+    found, todo = {}, [root]
     while todo:
-        parent = todo.pop()
         with contextlib.suppress(OSError):  # it has ended meanwhile
-            for task in (parent / "task").iterdir():
-                children = children_of(task)
-                found |= {int(child.name): command_line(child) for child in children}
-                todo += children
+            started = children(todo.pop())
+            found |= {pid: command_line(Path(f"/proc/{pid}")) for pid in started}
+            todo += started
     return found
-
-
-def children_of(task: Path) -> list[Path]:
-    """Those that a thread has started; none where it has ended, as threads of Ray's do now and then."""
-    with contextlib.suppress(OSError):
-        return [Path(f"/proc/{pid}") for pid in (task / "children").read_text().split()]
-    return []
 
 
 def command_line(folder: Path) -> str:

@@ -8,7 +8,6 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from lmtool.engine.grammar_process import GrammarLimits
 from lmtool.engine.grammar_source import GrammarSource
 from lmtool.engine.grammars import Grammars
 from lmtool.errors import EngineError, LmtoolError, RequestError
-from tests.engine.processes import is_gone
+from tests.processes import children, is_gone
 
 pytest.importorskip("xgrammar")
 
@@ -232,7 +231,7 @@ def test_an_answer_that_its_grammar_cannot_follow_in_time_is_ended(shared: Gramm
 def processes_of(grammars: Grammars) -> list[int]:
     worker = grammars._worker._process
     assert worker is not None
-    return [int(pid) for pid in Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text().split()]
+    return children(worker.pid)
 
 
 def test_a_process_that_dies_takes_its_own_answers_along_and_no_others(shared: Grammars) -> None:

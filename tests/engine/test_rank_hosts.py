@@ -24,7 +24,6 @@ from lmtool.engine.frames import Codec
 from lmtool.engine.rank_host import RankHost
 from lmtool.engine.setup import LoadedEngine
 from lmtool.errors import CheckpointError, ConfigError, InputError
-from tests.engine.processes import is_gone
 from tests.engine.test_ranks import (
     ON_CARDS,
     PROMPTS,
@@ -38,6 +37,7 @@ from tests.engine.test_ranks import (
     two_cards,
     until,
 )
+from tests.processes import children, is_gone
 from tests.quant.models import tiny_folder
 from tests.support import check_equal, request, run_all
 
@@ -80,15 +80,6 @@ def host_process(
             assert process.wait(WAIT_S) in (0, -signal.SIGKILL)
 
 
-def rank_pids(parent: int) -> list[int]:
-    """Of all its threads' children."""
-    found: list[int] = []
-    for task in Path(f"/proc/{parent}/task").iterdir():
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended meanwhile
-            found += map(int, (task / "children").read_text().split())
-    return found
-
-
 def lost_in_a_request(loaded: LoadedEngine, pid: int, number: int = signal.SIGKILL) -> str:
     """What is said when this process gets a signal under a running request."""
     running, waiting = AsyncEngine(loaded.core), Waiting(lambda: os.kill(pid, number))
@@ -104,22 +95,22 @@ def test_answers_and_what_dies(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     alone = answers_of(engine(folder), requests())
     with host_process() as (host, address):
         loaded = engine(folder, tp=2, rank_hosts=(address,))
-        assert len(rank_pids(host.pid)) == 1
+        assert len(children(host.pid)) == 1
         check_equal(alone, answers_of(loaded, requests()), decoder_of(folder), PROMPTS)
-        assert rank_pids(host.pid) == []
+        assert children(host.pid) == []
 
         loaded = engine(folder, tp=4, rank_hosts=(address,))
         check_equal(alone, run_all(loaded.core, requests()), decoder_of(folder), PROMPTS)
-        pids = rank_pids(host.pid)
+        pids = children(host.pid)
         assert len(pids) == 2
         with monkeypatch.context() as patch:
             be_impatient(patch, loaded)
             said = lost_in_a_request(loaded, pids[1], signal.SIGSTOP)
         assert f"of 4, on {address}, stands still" in said
-        until(lambda: rank_pids(host.pid) == [])
+        until(lambda: children(host.pid) == [])
 
         loaded = engine(folder, tp=2, rank_hosts=(address,))
-        pids = rank_pids(host.pid)
+        pids = children(host.pid)
         assert f"rank 1 of 2, on {address}, has ended" in lost_in_a_request(loaded, host.pid)
         until(lambda: all(map(is_gone, pids)))
     with pytest.raises(ConfigError, match=f"{address} cannot be reached: Connection refused; start `lmtool serve"):
@@ -316,7 +307,7 @@ def test_a_link_that_is_cut(folder: Path, machines: tuple[str, str]) -> None:
         stack.callback(process.kill)
         assert process.stdout is not None
         assert json.loads(process.stdout.readline()) == alone
-        (pid,) = rank_pids(host.pid)
+        (pid,) = children(host.pid)
         ip("-n", machines[0], "link", "set", "far", "down")
         begun = time.monotonic()
         said = json.loads(process.stdout.readline())

@@ -13,6 +13,8 @@ from typing import Self
 
 import httpx
 
+from tests.processes import children
+
 LMTOOL = str(Path(sys.executable).with_name("lmtool"))  # as users call it
 TIMEOUT_S = 180.0  # generous: the machine is shared
 
@@ -83,8 +85,8 @@ class Process:
 
     def children(self) -> dict[int, str]:
         """Command lines of the processes that it started."""
-        found = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode() for pid in found}
+        found = children(self.process.pid)
+        return {pid: Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode() for pid in found}
 
     def wait_until_listening(self, num_processes: int) -> None:
         """Each of its HTTP processes has a socket of its own at its port."""

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 import httpx
 import pytest
@@ -19,6 +18,7 @@ from lmtool.errors import ConfigError
 from lmtool.server import supervisor
 from lmtool.server.config import ServerConfig
 from lmtool.server.supervisor import Launch
+from tests.processes import children
 from tests.quant.models import tiny_folder
 from tests.server.process import LMTOOL, TIMEOUT_S, Process
 from tests.server.serving import wait_until
@@ -45,14 +45,6 @@ def serving_ranks() -> Iterator[tuple[int, str]]:
             assert process.wait(TIMEOUT_S) == 0
 
 
-def rank_pids(parent: int) -> list[int]:
-    found: list[int] = []
-    for children in Path(f"/proc/{parent}/task").glob("*/children"):
-        with contextlib.suppress(OSError):  # a thread that has ended since
-            found += map(int, children.read_text().split())
-    return found
-
-
 def test_a_rank_that_is_killed_costs_its_requests_and_no_more(tmp_path):
     folder = tiny_folder(tmp_path / "m", "Qwen2ForCausalLM")
     config = EngineConfig(device="cpu", dtype="float32", cache_gb=0.02, max_batch_size=4)
@@ -75,9 +67,9 @@ def test_a_rank_that_is_killed_costs_its_requests_and_no_more(tmp_path):
 
         assert any("in 2 parts" in line for line in server.said)
         assert answer() == alone
-        engine_pid, (rank,) = server.engine_pid(), rank_pids(host)
+        engine_pid, (rank,) = server.engine_pid(), children(host)
         os.kill(rank, signal.SIGKILL)
-        wait_until(lambda: rank_pids(host) not in ([], [rank]) and answer() == alone)
+        wait_until(lambda: children(host) not in ([], [rank]) and answer() == alone)
         assert server.engine_pid() != engine_pid
         assert [line for line in server.said if line.startswith(f"lmtool: error: rank 1 of 2, on {address}, has ended")]
 
